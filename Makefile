@@ -1,0 +1,42 @@
+# The commands of this repository. `make demo` and `make test` work on a bare machine
+# with python3.11 or newer; everything is installed into .venv.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-all check format clean help
+
+help:  ## what there is
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+# uv resolves and installs in parallel; bytecode is compiled once here, because every Ray process
+# would otherwise compile torch and ray again at its start.
+$(READY): requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode --requirement requirements.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	touch $@
+
+demo: $(READY)  ## sample collection -> pseudo labels -> CorLoc -> pictures (WEIGHTS=FILE where there is no hub)
+	$(BIN)/python jobs/demo.py $(if $(WEIGHTS),--weights $(WEIGHTS))
+
+test: $(READY)  ## the whole test suite but the slow tests
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(READY)  ## the slow tests too
+	$(BIN)/python -m pytest
+
+check: $(READY)  ## formatting, lint, types, and who may import whom
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY)  ## rewrite the files as `make check` wants them
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## remove what the demo and the tools left (not .venv)
+	rm -rf demo .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

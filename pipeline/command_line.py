@@ -1,0 +1,159 @@
+"""Flags and YAML -> a checked configuration -> one call -> an exit code.
+
+Every job goes through ``run_job``: the flags are the fields of its pydantic model, all values out
+of range are told at once, and a fault is one line on stderr with its own exit code (errors.py).
+``--config FILE.yaml`` gives values from a file; flags after it win.
+"""
+
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn, TypeVar, cast
+
+import tyro
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from tyro.constructors import (
+    ConstructorRegistry,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
+)
+
+from pipeline.errors import ConfigError, PatchseedError
+from pipeline.storage import one_line, without_secrets
+
+Job = TypeVar("Job", bound=BaseModel)
+
+
+class Interrupted(BaseException):
+    """SIGTERM, as `ray job stop` and schedulers send it; ends the job like Ctrl-C does."""
+
+
+def run_job(job: type[Job], call: Callable[[Job], int | None], description: str | None) -> NoReturn:
+    """Parse the command line into ``job``, run ``call`` on it, and exit with its code."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    debug = "--debug" in sys.argv
+    try:
+        code = call(parse(job, sys.argv[1:], description)) or 0
+    except PatchseedError as fault:
+        code = fault.exit_code
+        _tell(f"{type(fault).__name__}: {without_secrets(str(fault))}", debug)
+    except (KeyboardInterrupt, Interrupted) as stop:
+        code = 143 if isinstance(stop, Interrupted) else 130
+        _tell("Interrupted: what is finished is kept. Run the same command with --resume.", debug)
+    except Exception as fault:
+        # The last door: whatever is unforeseen still ends as one line and code 1.
+        code = 1
+        line = f"{type(fault).__name__}: {without_secrets(str(fault))}"
+        _tell(f"Unexpected {line} (--debug shows the traceback; please report it)", debug)
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    raise Interrupted
+
+
+def _tell(line: str, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    sys.stderr.write(line + "\n")
+
+
+def parse(job: type[Job], args: Sequence[str], description: str | None = None) -> Job:
+    """The configuration that ``args`` spell.
+
+    Raises:
+        ConfigError: values out of range (all of them in one message), or a bad YAML file.
+        SystemExit: tyro's own, after --help (0) or an unknown flag (2, with a suggestion).
+    """
+    registry = ConstructorRegistry()
+    registry.struct_rule(_fields_as_dict)
+    with registry:
+        values: Any = tyro.cli(job, args=_with_file(args), description=description)
+    try:
+        return job.model_validate(values)
+    except ValidationError as fault:
+        raise ConfigError(_all_faults(fault)) from fault
+
+
+def _fields_as_dict(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """Let tyro collect a model's fields unbuilt: pydantic then sees them all at once."""
+    if not (isinstance(info.type, type) and issubclass(info.type, BaseModel)):
+        return None
+    fields = tuple(
+        StructFieldSpec(
+            name=name,
+            type=cast(type[Any], field.annotation),
+            default=tyro.MISSING if field.is_required() else field.get_default(),
+            helptext=field.description,
+        )
+        for name, field in _own_fields_first(info.type)
+    )
+    return StructConstructorSpec(instantiate=dict, fields=fields)
+
+
+def _own_fields_first(model: type[BaseModel]) -> list[tuple[str, FieldInfo]]:
+    """A job's own flags before those that every job shares, as --help should list them."""
+    return sorted(model.model_fields.items(), key=lambda item: item[0] not in model.__annotations__)
+
+
+def _with_file(args: Sequence[str]) -> list[str]:
+    """``args`` with ``--config FILE`` replaced by the flags that the file spells."""
+    flags: list[str] = []
+    rest = list(args)
+    while rest:
+        arg = rest.pop(0)
+        if arg == "--config" or arg.startswith("--config="):
+            path = arg.partition("=")[2] or (rest.pop(0) if rest else "")
+            flags += _flags_of(_read_yaml(path))
+        else:
+            flags.append(arg)
+    return flags
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as fault:
+        raise ConfigError(f"--config {path} cannot be read: {one_line(fault)}") from fault
+    if not isinstance(content, dict):
+        raise ConfigError(
+            f"--config {path} must hold names and values, got {type(content).__name__}"
+        )
+    return content
+
+
+def _flags_of(values: dict[str, Any], prefix: str = "--") -> list[str]:
+    flags: list[str] = []
+    for name, value in values.items():
+        flag = prefix + str(name).replace("_", "-")
+        if isinstance(value, dict):
+            flags += _flags_of(value, flag + ".")
+        elif isinstance(value, bool):
+            head, _, last = flag.rpartition(".") if "." in flag else ("--", "", flag[2:])
+            flags.append(flag if value else f"{head}{'.' if '.' in flag else ''}no-{last}")
+        else:
+            flags += [
+                flag,
+                *(str(item) for item in (value if isinstance(value, list) else [value])),
+            ]
+    return flags
+
+
+def _all_faults(fault: ValidationError) -> str:
+    """Every value out of range, one a line: the flag, the rule, what was given."""
+    lines = []
+    for error in fault.errors():
+        flag = "--" + ".".join(str(part) for part in error["loc"]).replace("_", "-")
+        message = error["msg"].removeprefix("Value error, ")
+        rule = message[0].lower() + message[1:]
+        lines.append(f"{flag}: {rule}, got {error['input']!r}" if error["loc"] else message)
+    if len(lines) == 1:
+        return lines[0]
+    return f"{len(lines)} settings are wrong:\n" + "\n".join(f"  {line}" for line in lines)

@@ -1,0 +1,220 @@
+"""Every knob of every job, with its default, its legal range and its reason.
+
+To add a knob: add a field with a string under it. The string is the flag's ``--help``, the field's
+name is the flag (``localization.keep_fraction`` -> ``--localization.keep-fraction``), and the
+range in ``Field`` is checked before anything is loaded. Functions behind a room's door take plain
+arguments, so nothing below the jobs and the cluster room imports this file.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Feature = Literal["key", "query", "value"]
+Precision = Literal["fp32", "bf16", "fp16"]
+Rule = Literal["solost", "lost"]
+Similarity = Literal["cosine", "dot", "pearson"]
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+PositiveInt = Annotated[int, Field(ge=1)]
+
+
+class Settings(BaseModel):
+    """A frozen group of knobs; an unknown name is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class BackboneConfig(Settings):
+    """Which network looks at the image, and which of its tensors are the patch features."""
+
+    name: str = "vit_small_patch16_224.dino"
+    """Any plain timm ViT; resnet50.dino, resnet50.tv_in1k, vgg16.tv_in1k; or LOST's own S/8,
+    vit_small_patch8_224.dino_300ep."""
+
+    checkpoint: str | None = None
+    """Local .safetensors or .pth with the weights; without it they come from the hub by name."""
+
+    feature: Feature = "key"
+    """ViT only: the projection that is the patch feature. DINO: key of the last block; supervised
+    nets: value of a middle one."""
+
+    block: int = -1
+    """ViT only: which block, from 0; negative counts from the last."""
+
+    normalize: Literal["imagenet", "half"] = "imagenet"
+    """Input normalisation: ImageNet's mean and deviation, or 0.5 and 0.5 (timm's augreg ViTs)."""
+
+
+class LocalizationConfig(Settings):
+    """How patch features become one box per image (LOST, BMVC 2021; SoLOST, 2022)."""
+
+    rule: Rule = "solost"
+    """Which patches join the seed: the rules live in localization/seed_expansion.py."""
+
+    similarity: Similarity | None = None
+    """How patches are compared; None is the rule's own (lost: dot, solost: cosine)."""
+
+    keep_fraction: Fraction = 0.5
+    """SoLOST's m: fraction of the patches similar to the seed that is kept, in (0, 1]."""
+
+    num_candidates: PositiveInt = 100
+    """LOST's k: only that many lowest-degree patches may join the seed."""
+
+    affinity_memory_mib: PositiveInt = 512
+    """Memory one batch's patch-by-patch products may take; above it they are computed in tiles."""
+
+
+class ImagesConfig(Settings):
+    """What is done to an image's bytes before the network sees pixels."""
+
+    min_side: PositiveInt = 16
+    """Images with a shorter side become rows with status skipped_too_small."""
+
+    max_side: PositiveInt = 1024
+    """Longer images are scaled down to this for the network; boxes stay in original pixels."""
+
+    max_pixels: PositiveInt = 100_000_000
+    """Pixels a decoder may unpack; more is refused from the header, before any decoding."""
+
+    background: tuple[int, int, int] = (255, 255, 255)
+    """Colour put behind transparent pixels."""
+
+
+class ComputeConfig(Settings):
+    """How the work is cut up and placed; none of it changes a box (but precision does)."""
+
+    precision: Precision = "fp32"
+    """Autocast of the forward pass; localization itself is always fp32."""
+
+    batch_size: PositiveInt = 32
+    """Images per forward pass at most; only images with the same patch grid share one."""
+
+    block_size: PositiveInt = 64
+    """Images per unit of work: what a kill can cost, and what is decoded in one go."""
+
+    num_actors: PositiveInt | None = None
+    """Labelling actors; None is one per GPU, or without GPUs one per cpus_per_actor cores."""
+
+    gpus_per_actor: Annotated[float, Field(ge=0)] | None = None
+    """GPUs each actor reserves; None is 1 where the cluster has GPUs and 0 elsewhere."""
+
+    cpus_per_actor: PositiveInt = 1
+    """Without GPUs: cores (and torch threads) of each actor."""
+
+
+class TrackedSettings(Settings):
+    """Where a job's run is recorded."""
+
+    tracking_uri: str | None = None
+    """MLflow server or database; None is sqlite in ./mlflow.db. 'off' records nothing."""
+
+    experiment: str = "patchseed"
+    """MLflow experiment the run belongs to."""
+
+    run_name: str | None = None
+    """MLflow run name; None is made of the method and the configuration's hash."""
+
+    debug: bool = False
+    """Show tracebacks and the logs of the libraries underneath."""
+
+
+class LabelJob(TrackedSettings):
+    """Give every image of a collection one pseudo box, and write the boxes as Parquet."""
+
+    images: str
+    """A folder, a glob, a .txt or .parquet list of URIs, or Parquet with image bytes; local paths,
+    s3:// or gs://."""
+
+    output: str
+    """Folder (or URI) of the pseudo-label table; must be new, unless --resume or --overwrite."""
+
+    resume: bool = False
+    """Continue an interrupted run of the same configuration."""
+
+    overwrite: bool = False
+    """Delete what the output holds from an earlier run, and start anew."""
+
+    retry_failed: bool = False
+    """With --resume: label again the rows whose status is error_*."""
+
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """More failed inputs than this end the (complete) job with exit code 6."""
+
+    progress_seconds: Annotated[float, Field(gt=0)] = 5.0
+    """Seconds between progress lines where the output is not a terminal."""
+
+    backbone: BackboneConfig = BackboneConfig()
+    localization: LocalizationConfig = LocalizationConfig()
+    decode: ImagesConfig = ImagesConfig()
+    compute: ComputeConfig = ComputeConfig()
+
+    @model_validator(mode="after")
+    def _flags_agree(self) -> "LabelJob":
+        if self.resume and self.overwrite:
+            raise ValueError("--resume and --overwrite contradict each other: give one of them")
+        if self.retry_failed and not self.resume:
+            raise ValueError("--retry-failed needs --resume: it goes over an earlier run's rows")
+        return self
+
+    def what_decides_the_boxes(self, weights_sha256: str) -> dict[str, Any]:
+        """The part of the configuration that a resumed run must share, as flat JSON values."""
+        backbone = self.backbone.model_dump(mode="json", exclude={"checkpoint"})
+        groups = {
+            "images": self.images,
+            "backbone": {**backbone, "weights_sha256": weights_sha256},
+            "localization": self.localization.model_dump(exclude={"affinity_memory_mib"}),
+            "decode": self.decode.model_dump(mode="json"),
+            "precision": self.compute.precision,
+        }
+        return flatten(groups)
+
+
+class EvaluateJob(Settings):
+    """Measure boxes against ground truth: CorLoc, its interval, and two trivial baselines."""
+
+    labels: str
+    """Pseudo-label table (folder), or a JSON file {file name: [x0, y0, x1, y1]}."""
+
+    ground_truth: str
+    """COCO JSON (crowd left out), or a folder of Pascal VOC XML files."""
+
+    ignore_difficult: bool = False
+    """Leave out objects marked difficult (the papers count them)."""
+
+    num_resamples: PositiveInt = 10_000
+    """Bootstrap resamples behind the 95 % interval."""
+
+    seed: int = 0
+    """Seed of the bootstrap."""
+
+    debug: bool = False
+    """Show tracebacks."""
+
+
+class DrawJob(TrackedSettings):
+    """Draw boxes, seeds, degree and similarity maps on the images of a pseudo-label table."""
+
+    labels: str
+    """Pseudo-label table (folder)."""
+
+    output: str
+    """Folder for the pictures and the contact sheet."""
+
+    num_images: PositiveInt = 50
+    """How many images, spread evenly over the table."""
+
+    checkpoint: str | None = None
+    """Weights for the maps; None is what the table was made with. Without weights only boxes and
+    seeds are drawn."""
+
+
+def flatten(groups: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested groups as one level with dotted names: ``{"a": {"b": 1}}`` -> ``{"a.b": 1}``."""
+    flat: dict[str, Any] = {}
+    for name, value in groups.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat

@@ -1,0 +1,98 @@
+"""How patches compare: who is similar to whom, and how many similar patches each has.
+
+Two patches are similar when their product is strictly positive. The sign is always taken from the
+un-normalised product: normalising turns an exact 0 into +-1e-9 noise. Normalisation only weighs the
+votes (LOST section 3.2 against SoLOST), so it is kept apart as ``ComparedPatches.voter_BND``.
+
+To add a similarity: write a function beside ``_dot``, ``_cosine`` and ``_pearson``, and a case
+in ``compare``.
+
+Shape letters:  B images   N patches (H * W)   D channels   R rows of a tile
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Similarity = Literal["cosine", "dot", "pearson"]
+
+# A product costs four bytes.
+_BYTES_PER_PRODUCT = 4
+
+
+@dataclass(frozen=True)
+class ComparedPatches:
+    """Patches made comparable: products of ``patch_BND`` give signs, ``voter_BND`` the votes."""
+
+    patch_BND: Tensor
+    voter_BND: Tensor
+    usable_BN: Tensor
+    """``(B, N)`` bool: False for zero norm, NaN or infinity; such a patch is similar to none."""
+
+
+def compare(features_BND: Tensor, similarity: Similarity) -> ComparedPatches:
+    """The features as fp32 vectors whose products mean ``similarity``.
+
+    Raises:
+        ValueError: there is no such similarity.
+    """
+    features_BND = features_BND.float()
+    match similarity:
+        case "dot":
+            return _dot(features_BND)
+        case "cosine":
+            return _cosine(features_BND)
+        case "pearson":
+            return _pearson(features_BND)
+    raise ValueError(f"similarity must be cosine, dot or pearson, got {similarity!r}")
+
+
+def _dot(features_BND: Tensor) -> ComparedPatches:
+    """LOST, section 3.2: raw products."""
+    norm_BN = features_BND.norm(dim=-1)
+    usable_BN = (norm_BN > 0) & norm_BN.isfinite()
+    # Zeroed, so that one NaN patch cannot reach others through a sum.
+    patch_BND = torch.where(usable_BN[..., None], features_BND, 0.0)
+    return ComparedPatches(patch_BND, patch_BND, usable_BN)
+
+
+def _cosine(features_BND: Tensor) -> ComparedPatches:
+    """SoLOST: the same signs, but every patch votes with the same weight."""
+    compared = _dot(features_BND)
+    norm_BN1 = compared.patch_BND.norm(dim=-1, keepdim=True)
+    voter_BND = compared.patch_BND / norm_BN1.masked_fill(norm_BN1 == 0, 1.0)
+    return ComparedPatches(compared.patch_BND, voter_BND, compared.usable_BN)
+
+
+def _pearson(features_BND: Tensor) -> ComparedPatches:
+    """SoLOST report, Table 3 (PCC): cosine of the patches centred over their channels."""
+    return _cosine(features_BND - features_BND.mean(dim=-1, keepdim=True))
+
+
+def count_similar(patch_BND: Tensor, usable_BN: Tensor, *, memory_mib: int) -> Tensor:
+    """How many *other* patches each patch is similar to: its degree, ``(B, N)`` int64.
+
+    The ``(N, N)`` products are made in tiles of at most ``memory_mib`` MiB. A tile's height depends
+    on N alone, never on the batch, so that an image gets the same products in any company.
+    """
+    batch, patches = usable_BN.shape
+    budget = memory_mib * 2**20 // _BYTES_PER_PRODUCT
+    rows = max(1, min(patches, budget // patches))
+    images = max(1, budget // (rows * patches))
+    count_BN = torch.empty(batch, patches, dtype=torch.int64, device=patch_BND.device)
+    for first in range(0, batch, images):
+        chunk_BND = patch_BND[first : first + images]
+        for top in range(0, patches, rows):
+            tile_BRN = chunk_BND[:, top : top + rows] @ chunk_BND.transpose(1, 2)
+            # In place: 0.0 and 1.0, whose float sum is exact up to 2**24 patches.
+            count_BN[first : first + images, top : top + rows] = tile_BRN.gt_(0).sum(dim=2).long()
+    # A usable patch is similar to itself.
+    return count_BN - usable_BN.long()
+
+
+def similarity_to(compared: ComparedPatches, index_B: Tensor) -> Tensor:
+    """The product of every patch with one patch per image, ``(B, N)``; its sign says similar."""
+    rows_B1 = torch.arange(len(index_B), device=index_B.device)
+    return torch.einsum("bnd,bd->bn", compared.patch_BND, compared.patch_BND[rows_B1, index_B])

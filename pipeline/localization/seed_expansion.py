@@ -1,0 +1,62 @@
+"""Which patches join the seed: the one rule in which LOST and SoLOST differ.
+
+To try a rule of your own: write a function beside these two, add a case to ``expand`` and its name
+to ``LocalizationConfig.rule``.
+
+Shape letters:  B images   N patches
+"""
+
+from typing import Literal
+
+from torch import Tensor
+
+from pipeline.localization.affinity import Similarity
+
+Rule = Literal["solost", "lost"]
+
+# What each method compares its patches by, where the user does not say (facts: the published code).
+OWN_SIMILARITY: dict[Rule, Similarity] = {"lost": "dot", "solost": "cosine"}
+
+
+def expand(
+    similar_BN: Tensor, place_BN: Tensor, rule: Rule, *, keep_fraction: float, num_candidates: int
+) -> Tensor:
+    """The patches that vote for the box under ``rule``: ``(B, N)`` bool."""
+    match rule:
+        case "lost":
+            return expand_lost(similar_BN, place_BN, num_candidates=num_candidates)
+        case "solost":
+            return expand_solost(similar_BN, place_BN, keep_fraction=keep_fraction)
+    raise ValueError(f"rule must be lost or solost, got {rule!r}")
+
+
+def expand_lost(similar_BN: Tensor, place_BN: Tensor, *, num_candidates: int) -> Tensor:
+    """Those of the ``num_candidates`` lowest-degree patches that are similar to the seed.
+
+    LOST, section 3.3, where the number is k = 100. It does not grow with the image.
+
+    Args:
+        similar_BN: True where a patch is similar to its image's seed.
+        place_BN: each patch's place in ascending degree, as ``seeds.degree_order`` gives it.
+        num_candidates: k, at least 1.
+    """
+    return similar_BN & (place_BN < num_candidates)
+
+
+def expand_solost(similar_BN: Tensor, place_BN: Tensor, *, keep_fraction: float) -> Tensor:
+    """The lowest-degree ``keep_fraction`` of the patches that are similar to the seed.
+
+    SoLOST (m %). Unlike LOST the count follows the object: a big object keeps more patches. It is
+    rounded down, but the seed always stays, where the published code fails.
+
+    Args:
+        similar_BN: True where a patch is similar to its image's seed, the seed included.
+        place_BN: each patch's place in ascending degree.
+        keep_fraction: m, in (0, 1].
+    """
+    # Patches not similar to the seed come last, whatever their degree.
+    key_BN = place_BN.masked_fill(~similar_BN, similar_BN.shape[1])
+    place_among_similar_BN = key_BN.argsort(dim=1, stable=True).argsort(dim=1)
+    # float64, because the published code truncates a Python float.
+    keep_B = (similar_BN.sum(dim=1).double() * keep_fraction).long().clamp(min=1)
+    return similar_BN & (place_among_similar_BN < keep_B[:, None])
