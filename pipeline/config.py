@@ -102,6 +102,9 @@ class ComputeConfig(Settings):
     cpus_per_actor: PositiveInt = 1
     """Without GPUs: cores (and torch threads) of each actor."""
 
+    wait: bool = False
+    """Ask for more actors than the cluster has room for now; the autoscaler brings nodes."""
+
 
 class TrackedSettings(Settings):
     """Where a job's run is recorded."""
@@ -207,6 +210,25 @@ class DrawJob(TrackedSettings):
     checkpoint: str | None = None
     """Weights for the maps; None is what the table was made with. Without weights only boxes and
     seeds are drawn."""
+
+
+class DemoJob(Settings):
+    """Make sample scenes, label them, measure the boxes and draw them."""
+
+    output: str = "demo"
+    """Folder for everything the demo makes."""
+
+    weights: str | None = None
+    """Weights file; None fetches DINO ViT-S/16 from the hub."""
+
+    num_scenes: PositiveInt = 60
+    """How many scenes."""
+
+    seed: int = 0
+    """Seed of the scenes."""
+
+    debug: bool = False
+    """Show tracebacks."""
 
 
 def flatten(groups: dict[str, Any], prefix: str = "") -> dict[str, Any]:

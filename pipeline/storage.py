@@ -1,17 +1,26 @@
 """A place named by a URI: its bytes, its files, and writes that are whole or not there at all.
 
 Everything that touches a disk or a bucket goes through ``Location``, so ``/data/x``, ``s3://bucket/x``
-and ``gs://bucket/x`` behave alike. Credentials come from the environment, never from a URI.
+and ``gs://bucket/x`` behave alike. Credentials, region and endpoint come from the environment
+(``AWS_PROFILE``, ``AWS_REGION``, ``AWS_ENDPOINT_URL``...), never from a URI.
+
+Plain paths and the keys of objects are taken letter by letter: ``%``, ``#``, ``?`` and spaces mean
+themselves. Only ``file://`` is percent-decoded: so it can name bytes that are not UTF-8.
+
+To add a store: a scheme Arrow knows goes into ``REMOTE_SCHEMES``.
 """
 
+import functools
 import os
 import re
+import stat
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from typing import IO, Any, BinaryIO
+from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from pyarrow import fs
 
@@ -20,6 +29,10 @@ from pipeline.errors import ConfigError, StorageError
 LOCAL_SCHEMES = ("", "file")
 REMOTE_SCHEMES = ("s3", "gs", "gcs")
 _TEMPORARY = ".tmp-"
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_SIGNATURE = re.compile(r"[?&](X-Amz-|X-Goog-|AWSAccessKeyId=|Signature=|\w+_key=)", re.IGNORECASE)
+# Options that Arrow reads from an S3 or GCS URI; here they would be lost with the next ``str``.
+_OPTION = re.compile(r"\?(region|scheme|endpoint_override|retry_limit_seconds)=")
 
 
 @dataclass(frozen=True)
@@ -38,23 +51,14 @@ class Location:
             ConfigError: the scheme is not one we read, or the URI carries credentials.
             StorageError: the store behind the URI cannot be reached.
         """
-        scheme = urlsplit(uri).scheme if re.match(r"[a-z0-9]+://", uri) else ""
-        if scheme not in LOCAL_SCHEMES + REMOTE_SCHEMES:
-            known = "a local path, file://, s3:// or gs://"
-            raise ConfigError(f"scheme must be {known}, got {without_secrets(uri)}")
-        if scheme in LOCAL_SCHEMES:
-            local = uri.removeprefix("file://") if scheme else uri
-            return cls(fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(local)))
-        if "@" in urlsplit(uri).netloc:
-            raise ConfigError(
-                f"{without_secrets(uri)} carries credentials; set AWS_ACCESS_KEY_ID and "
-                "AWS_SECRET_ACCESS_KEY (or a profile) in the environment instead"
-            )
+        scheme, path = split_uri(uri)
+        if scheme == "":
+            return cls(fs.LocalFileSystem(), path)
+        bucket = path.split("/", 1)[0]
         try:
-            filesystem, path = fs.FileSystem.from_uri(uri)
+            return cls(_store(scheme, bucket, _environment()), path, scheme)
         except (OSError, ValueError) as fault:
-            raise StorageError(f"cannot open {uri}: {one_line(fault)}") from fault
-        return cls(filesystem, path, scheme)
+            raise StorageError(f"cannot open {scheme}://{path}: {one_line(fault)}") from fault
 
     @property
     def is_local(self) -> bool:
@@ -67,7 +71,9 @@ class Location:
         return self.path.rstrip("/").rsplit("/", 1)[-1]
 
     def __str__(self) -> str:
-        return f"{self.scheme}://{self.path}" if self.scheme else self.path
+        if self.scheme:
+            return f"{self.scheme}://{self.path}"
+        return self.path if _is_text(self.path) else file_uri(self.path)
 
     def child(self, name: str) -> "Location":
         """The place ``name`` below this folder."""
@@ -75,9 +81,30 @@ class Location:
 
     def kind(self) -> str:
         """``"file"``, ``"folder"`` or ``"missing"``."""
+        if self.is_local:
+            return str(self._reach(self._local_kind, "look at"))
         info = self._reach(lambda: self.filesystem.get_file_info(self.path), "look at")
         kinds = {fs.FileType.File: "file", fs.FileType.Directory: "folder"}
         return kinds.get(info.type, "missing")
+
+    def _local_kind(self) -> str:
+        # Not through Arrow, which cannot say a name that is not UTF-8.
+        try:
+            mode = os.stat(self.path).st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            return "missing"
+        return "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "missing"
+
+    def open(self) -> IO[bytes]:
+        """The file as a seekable stream of bytes, to be closed by the caller.
+
+        Raises:
+            OSError: as the store says it.
+        """
+        if self.is_local:
+            return Path(self.path).open("rb")
+        stream: IO[bytes] = self.filesystem.open_input_file(self.path)
+        return stream
 
     def read_bytes(self) -> bytes:
         """All bytes of the file.
@@ -85,6 +112,8 @@ class Location:
         Raises:
             OSError: as the store says it; callers that read many files turn it into a status.
         """
+        if self.is_local:
+            return Path(self.path).read_bytes()
         with self.filesystem.open_input_stream(self.path) as stream:
             return bytes(stream.read())
 
@@ -97,45 +126,74 @@ class Location:
         Raises:
             StorageError: the place cannot be written (full, read-only, unreachable).
         """
-        self._reach(lambda: self._write_whole(data), "write")
+        if self.is_local:
+            with self.publishing() as stream:
+                stream.write(data)
+        else:
+            self._reach(lambda: self._put(data), "write")
 
-    def _write_whole(self, data: bytes) -> None:
-        if not self.is_local:
-            with self.filesystem.open_output_stream(self.path) as stream:
-                stream.write(data)
-            return
-        final = Path(self.path)
-        final.parent.mkdir(parents=True, exist_ok=True)
+    def _put(self, data: bytes) -> None:
+        with self.filesystem.open_output_stream(self.path) as stream:
+            stream.write(data)
+
+    @contextmanager
+    def publishing(self) -> Iterator[BinaryIO]:
+        """A stream whose bytes appear at this place only if the block ends without an error.
+
+        Raises:
+            StorageError: the place cannot be written (full, read-only, unreachable).
+        """
         # A short name: the final one may already be as long as the file system allows.
-        temporary = final.parent / f"{_TEMPORARY}{uuid.uuid4().hex}"
+        temporary = self._sibling(f"{_TEMPORARY}{uuid.uuid4().hex}")
         try:
-            with temporary.open("wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(temporary, final)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
+            if self.is_local:
+                Path(self.path).parent.mkdir(parents=True, exist_ok=True)
+            with self.filesystem.open_output_stream(temporary.path) as stream:
+                yield stream
+            if self.is_local:
+                _flush_to_disk(temporary.path)
+            self.filesystem.move(temporary.path, self.path)
+        except BaseException as fault:
+            with suppress(OSError, StorageError):
+                temporary.delete()
+            if isinstance(fault, OSError):
+                raise StorageError(f"cannot write {self}: {one_line(fault)}") from fault
             raise
+
+    def _sibling(self, name: str) -> "Location":
+        folder = self.path.rstrip("/").rpartition("/")[0]
+        return Location(self.filesystem, f"{folder}/{name}", self.scheme)
 
     def create_exclusively(self, data: bytes) -> bool:
         """Write the file only if it is not there yet; False where it is.
 
         Atomic on local disks. Object stores offer no such call through Arrow: there the last
         writer wins, so the caller must read back after a pause to learn who that was.
+
+        Raises:
+            StorageError: the place cannot be written (full, read-only, unreachable).
         """
         if not self.is_local:
             if self.kind() == "file":
                 return False
             self.write_bytes(data)
             return True
-        Path(self.path).parent.mkdir(parents=True, exist_ok=True)
+        return bool(self._reach(lambda: self._create_locally(data), "write"))
+
+    def _create_locally(self, data: bytes) -> bool:
+        place = Path(self.path)
+        place.parent.mkdir(parents=True, exist_ok=True)
         try:
-            descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            stream = place.open("xb")
         except FileExistsError:
             return False
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(data)
+        try:
+            with stream:
+                stream.write(data)
+        except BaseException:
+            # A claim without content would keep everybody out for good.
+            place.unlink(missing_ok=True)
+            raise
         return True
 
     def files(self, *, recursive: bool = False) -> Iterator["Location"]:
@@ -147,9 +205,17 @@ class Location:
             if info.type == fs.FileType.File and not hidden:
                 yield Location(self.filesystem, info.path, self.scheme)
 
+    def names(self) -> list[str]:
+        """The names of the files and folders directly in this folder; none where it is missing."""
+        selector = fs.FileSelector(self.path, recursive=False, allow_not_found=True)
+        found = self._reach(lambda: self.filesystem.get_file_info(selector), "list")
+        return sorted(i.base_name for i in found if not i.base_name.startswith(_TEMPORARY))
+
     def is_empty(self) -> bool:
         """Whether the folder is missing or holds nothing."""
-        selector = fs.FileSelector(self.path, recursive=False, allow_not_found=True)
+        # Arrow shows no folder of a Google bucket that has no marker object, only what is in it.
+        everything = self.scheme == "gs"
+        selector = fs.FileSelector(self.path, recursive=everything, allow_not_found=True)
         return not self._reach(lambda: self.filesystem.get_file_info(selector), "list")
 
     def delete(self) -> None:
@@ -168,6 +234,41 @@ class Location:
             raise StorageError(f"cannot {verb} {self}: {one_line(fault)}") from fault
 
 
+def split_uri(uri: str) -> tuple[str, str]:
+    """Scheme (``""`` for local, ``"s3"``, ``"gs"``) and absolute path of a text; touches no store.
+
+    Raises:
+        ConfigError: the scheme is not one we read, or the URI carries credentials or options.
+    """
+    found = _SCHEME.match(uri)
+    scheme = found[1].lower() if found else ""
+    rest = uri[found.end() :] if found else uri
+    if scheme not in LOCAL_SCHEMES + REMOTE_SCHEMES:
+        shown = without_secrets(uri.split("?")[0])
+        raise ConfigError(f"scheme must be a local path, file://, s3:// or gs://, got {shown}")
+    if not rest.strip("/ ") and not rest.startswith("/"):
+        raise ConfigError(f"a path must name something, got '{uri}'")
+    if scheme == "file":
+        return "", os.path.abspath(os.fsdecode(unquote_to_bytes(os.fsencode(rest))))
+    if scheme == "":
+        return "", os.path.abspath(os.path.expanduser(rest))
+    _refuse_secrets_and_options(scheme, rest)
+    return "gs" if scheme == "gcs" else scheme, rest.rstrip("/")
+
+
+def file_uri(path: str) -> str:
+    """``file://`` and the bytes of a local path, percent-encoded: ASCII whatever the name is."""
+    return "file://" + quote_from_bytes(os.fsencode(path))
+
+
+def _flush_to_disk(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def one_line(fault: BaseException, limit: int = 300) -> str:
     """An exception's message on one line, shortened."""
     text = " ".join(str(fault).split()) or type(fault).__name__
@@ -176,5 +277,56 @@ def one_line(fault: BaseException, limit: int = 300) -> str:
 
 def without_secrets(text: str) -> str:
     """``text`` with user:password@, signed queries and AWS keys blotted out."""
-    text = re.sub(r"(?<=://)[^/@\s]+@", "***@", text)
-    return re.sub(r"((?:X-Amz-|AWS)[A-Za-z-_]*=)[^&\s]+", r"\1***", text, flags=re.IGNORECASE)
+    # A secret key may itself hold a slash, so a colon reaches over slashes to the last @.
+    text = re.sub(r"(?<=://)([^/@:\s]*:\S*|[^/@\s]*)@", "***@", text)
+    signed = r"((?:X-Amz-|X-Goog-|AWS|Signature)[A-Za-z_-]*=)[^&\s]+"
+    return re.sub(signed, r"\1***", text, flags=re.IGNORECASE)
+
+
+def _refuse_secrets_and_options(scheme: str, rest: str) -> None:
+    """Raise ConfigError, without repeating the secret, where ``rest`` is more than bucket/key."""
+    bucket = rest.split("/", 1)[0]
+    if "@" in bucket or ":" in bucket or _SIGNATURE.search(rest):
+        raise ConfigError(
+            f"a {scheme}:// URI must not carry credentials: give {scheme}://bucket/key, and set "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or a profile) in the environment"
+        )
+    if not bucket:
+        raise ConfigError(f"a {scheme}:// URI must name a bucket, got {scheme}://{rest}")
+    option = _OPTION.search(rest)
+    if option:
+        raise ConfigError(
+            f"a {scheme}:// URI must not carry options, got '{option[1]}': set AWS_REGION and "
+            "AWS_ENDPOINT_URL in the environment, where the workers find them too"
+        )
+
+
+def _environment() -> tuple[tuple[str, str], ...]:
+    """What a store's client is made of, so that a change of it makes a new client."""
+    return tuple(sorted(pair for pair in os.environ.items() if pair[0].startswith("AWS_")))
+
+
+@functools.lru_cache(maxsize=16)
+def _store(scheme: str, bucket: str, environment: tuple[tuple[str, str], ...]) -> Any:
+    """The client of a bucket; shared, because open connections are what makes small reads fast."""
+    if scheme == "gs":
+        # Google's client tries for 15 minutes by default: longer than anybody waits for an image.
+        return fs.FileSystem.from_uri(f"gs://{bucket}?retry_limit_seconds=60")[0]
+    # Arrow finds the bucket's region, but a file system from a URI asks a failing store 31 times,
+    # and one that is pickled forgets the endpoint.
+    region = fs.FileSystem.from_uri(f"s3://{bucket}")[0].region
+    variables = dict(environment)
+    return fs.S3FileSystem(
+        region=region,
+        endpoint_override=variables.get("AWS_ENDPOINT_URL_S3") or variables.get("AWS_ENDPOINT_URL"),
+        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=3),
+    )
+
+
+def _is_text(path: str) -> bool:
+    """Whether ``path`` can be written as UTF-8; names on a disk are any bytes."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

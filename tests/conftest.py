@@ -13,7 +13,9 @@ def shared() -> Path:
     """Golden outputs, real photos and weights that lie beside the repository; users do not have them."""
     folder = Path(os.environ.get("PATCHSEED_SHARED", ROOT.parent / "shared"))
     if not (folder / "golden").is_dir():
-        pytest.skip(f"{folder} is absent: golden data and real photos are not part of the repository")
+        pytest.skip(
+            f"{folder} is absent: golden data and real photos are not part of the repository"
+        )
     return folder
 
 

@@ -1,0 +1,74 @@
+"""See it work: sample scenes -> pseudo boxes -> CorLoc -> pictures, with the commands it runs.
+
+make demo                       # DINO ViT-S/16 from the hub
+make demo WEIGHTS=FILE          # any ViT's weights, where the hub cannot be reached
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from pipeline.command_line import run_job
+from pipeline.config import DemoJob
+
+NO_HUB = (
+    "The demo wants DINO's weights from the hub; with a file of your own: make demo WEIGHTS=FILE"
+)
+
+
+def backbone_flags(weights: str | None) -> list[str]:
+    """DINO's last keys by default; of a network trained on labels, values of a middle block."""
+    from pipeline.models.checkpoints import read_state_dict, recognise_vit
+
+    if weights is None:
+        return []
+    name, labelled = recognise_vit(read_state_dict(Path(weights)), weights)
+    flags = ["--backbone.name", name, "--backbone.checkpoint", weights]
+    middle = [
+        "--backbone.feature",
+        "value",
+        "--backbone.block",
+        "5",
+        "--backbone.normalize",
+        "half",
+    ]
+    return flags + (middle if labelled else [])
+
+
+def main(job: DemoJob) -> int:
+    """Run the four steps; stop at the first that fails, with its exit code."""
+    from pipeline.data.scenes import write_collection
+
+    scenes, labels, pictures = (f"{job.output}/{name}" for name in ("scenes", "labels", "pictures"))
+    backbone = backbone_flags(job.weights)
+    truth = Path(scenes) / "instances.json"
+    if not truth.exists():
+        print(f"Making {job.num_scenes} scenes with exact boxes in {scenes}", flush=True)
+        write_collection(Path(scenes), num_scenes=job.num_scenes, seed=job.seed)
+    steps = [
+        [
+            "label_images",
+            "--images",
+            f"{scenes}/images",
+            "--output",
+            labels,
+            "--overwrite",
+            *backbone,
+        ],
+        ["evaluate_boxes", "--labels", labels, "--ground-truth", str(truth)],
+        ["draw_boxes", "--labels", labels, "--output", pictures, "--num-images", "12"],
+    ]
+    for name, *flags in steps:
+        command = [f"jobs/{name}.py", *flags]
+        print("\n$ python " + " ".join(command), flush=True)
+        code = subprocess.run([sys.executable, *command], check=False).returncode
+        if code:
+            print(NO_HUB if code == 4 and not job.weights else f"{name} ended with code {code}")
+            return code
+    print(f"\nThe table:     {labels}\nThe pictures:  {pictures}/contact_sheet.png")
+    print("The run:       .venv/bin/mlflow ui --backend-store-uri sqlite:///mlflow.db")
+    return 0
+
+
+if __name__ == "__main__":
+    run_job(DemoJob, main, __doc__)

@@ -1,0 +1,74 @@
+"""What a task does to a block before and after the network has seen it.
+
+Apart from label_blocks.py because this file must not import torch: every worker process that runs a
+task imports its file, and torch would cost it seconds and half a gigabyte.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.config import ImagesConfig
+from pipeline.data.label_run import LabelPass
+from pipeline.data.pixels import load_pixels
+
+RECEIPT = pa.schema([("block", pa.int64()), ("rows", pa.int64()), ("outcomes", pa.string())])
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """A block is on disk: its rows by status, with an example URI each."""
+
+    block: int
+    rows: int
+    counts: dict[str, int]
+    examples: dict[str, str]
+
+
+class LoadBlock:
+    """Task: the number of a block -> its inputs, read and decoded."""
+
+    def __init__(self, sweep: LabelPass, images: ImagesConfig) -> None:
+        self.sweep, self.images = sweep, images
+
+    def __call__(self, numbers: pa.Table) -> pa.Table:
+        number = numbers["item"][0].as_py()
+        pixels = load_pixels(
+            self.sweep.inputs_of(number),
+            min_side=self.images.min_side,
+            max_side=self.images.max_side,
+            max_pixels=self.images.max_pixels,
+            background=self.images.background,
+        )
+        return pixels.append_column("block", pa.repeat(pa.scalar(number), pixels.num_rows))
+
+
+class CommitBlock:
+    """Task: a block's rows -> Parquet; the receipt is all that goes on."""
+
+    def __init__(self, sweep: LabelPass) -> None:
+        self.sweep = sweep
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        number = rows["block"][0].as_py()
+        self.sweep.commit_block(number, rows.drop_columns("block"))
+        outcomes: dict[str, list[Any]] = {}
+        for status, uri in zip(rows["status"].to_pylist(), rows["uri"].to_pylist(), strict=True):
+            outcomes.setdefault(status, [0, uri])[0] += 1
+        receipt = {"block": [number], "rows": [rows.num_rows], "outcomes": [json.dumps(outcomes)]}
+        return pa.table(receipt, schema=RECEIPT)
+
+
+def receipts_of(batch: pa.Table) -> Iterator[Receipt]:
+    """The receipts in a table that ``CommitBlock`` returned."""
+    for row in batch.to_pylist():
+        outcomes = json.loads(row["outcomes"])
+        yield Receipt(
+            block=row["block"],
+            rows=row["rows"],
+            counts={status: number for status, (number, _) in outcomes.items()},
+            examples={status: uri for status, (_, uri) in outcomes.items()},
+        )

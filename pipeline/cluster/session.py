@@ -1,0 +1,72 @@
+"""A Ray to work on: the cluster of ``RAY_ADDRESS``, or a local one for as long as the job lasts."""
+
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from pipeline.errors import ClusterError
+from pipeline.storage import one_line
+
+
+@contextmanager
+def ray_session(*, debug: bool = False) -> Iterator[None]:
+    """Join or start Ray, and leave it at the end, whatever happens.
+
+    `ray job submit` sets ``RAY_ADDRESS``; without it a local Ray is started on free ports, so that
+    a job never joins by accident the cluster of somebody else on this machine.
+
+    Raises:
+        ClusterError: the cluster cannot be reached, or a local one cannot be started.
+    """
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    # Told to Ray before it starts; both can be overridden from outside.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if not debug:
+        # Ray's C++ core warns on our stderr about Ray Data's own actors, which is no concern here.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    try:
+        with _stderr_without(b"Set ray log level"):
+            ray.init(
+                address=address,
+                logging_level=logging.INFO if debug else logging.ERROR,
+                log_to_driver=debug,
+                include_dashboard=False if address == "local" else None,
+            )
+    except (ConnectionError, RuntimeError, ValueError) as fault:
+        raise ClusterError(
+            f"Ray at {address} cannot be used: {one_line(fault)}. Unset RAY_ADDRESS to work locally"
+        ) from fault
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _stderr_without(noise: bytes) -> Iterator[None]:
+    """Hold back what is written to stderr meanwhile, and let through all but lines with ``noise``.
+
+    On the level of the file descriptor, because Ray's core does not write through Python.
+    """
+    sys.stderr.flush()
+    real = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(real, 2)
+            os.close(real)
+            held.seek(0)
+            os.write(2, b"".join(line for line in held if noise not in line))
+
+
+def count(resource: str) -> float:
+    """How much of a resource (``"CPU"``, ``"GPU"``) the cluster has at present."""
+    return float(ray.cluster_resources().get(resource, 0.0))

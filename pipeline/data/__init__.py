@@ -1,0 +1,1 @@
+"""Images, collections and ground truth, and THE table in which the stages meet."""

@@ -1,0 +1,1 @@
+"""Images to patch features: the contract, the networks that keep it, where weights come from."""

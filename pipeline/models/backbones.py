@@ -1,0 +1,217 @@
+"""A backbone from its name: the architecture from timm, the weights from the hub or from a file.
+
+To add one: a plain timm ViT needs nothing. Weights that timm does not list get a line in
+``_PUBLISHED_ELSEWHERE``; a convolutional network gets a name in ``CNNS`` and a case in ``_cnn``.
+This is the only file that imports timm.
+"""
+
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+from timm.layers import Attention, PatchEmbed
+from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, vision_transformer
+from torch import Tensor, nn
+
+from pipeline.errors import ConfigError, WeightsError
+from pipeline.models.checkpoints import (
+    file_sha256,
+    fit_state_dict,
+    patch_side,
+    read_state_dict,
+)
+from pipeline.models.cnn import ConvFeatures, Vgg16Map
+from pipeline.models.dino_vit import ViTFeatures
+from pipeline.models.features import FeatureExtractor
+from pipeline.models.hub import fetch_from_hub, fetch_url
+
+CNNS = ("resnet50.dino", "resnet50.tv_in1k", "vgg16.tv_in1k")
+"""Backbones that are no ViTs; they have one feature, their last map at stride 16."""
+
+# Weights of the LOST and DINO papers that timm has no tag for: timm's architecture, and the file.
+# (timm's own vit_small_patch8_224.dino is a longer training than the 300 epochs LOST used.)
+_DINO = "https://dl.fbaipublicfiles.com/dino"
+_PUBLISHED_ELSEWHERE = {
+    "vit_small_patch8_224.dino_300ep": (
+        "vit_small_patch8_224",
+        f"{_DINO}/dino_deitsmall8_300ep_pretrain/dino_deitsmall8_300ep_pretrain.pth",
+    ),
+    "resnet50.dino": (
+        "resnet50",
+        f"{_DINO}/dino_resnet50_pretrain/dino_resnet50_pretrain.pth",
+    ),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """Tensors by name on the CPU, the sha256 of the file they came from, and where that was."""
+
+    state_dict: dict[str, Tensor] = field(repr=False)
+    sha256: str
+    source: str
+
+
+def load_weights(name: str, checkpoint: str | None) -> Weights:
+    """The weights of backbone ``name``, from a local file or else from where they are published.
+
+    Downloads are kept in the caches of huggingface_hub (``HF_HOME``) and torch (``TORCH_HOME``);
+    what is there is used without asking the network.
+
+    Args:
+        name: A timm ViT with or without tag, one of ``CNNS``, or vit_small_patch8_224.dino_300ep.
+        checkpoint: A ``.safetensors`` or ``.pth`` file; None fetches by name.
+
+    Raises:
+        ConfigError: the name is unknown, or the network cannot be a backbone here.
+        WeightsError: the file cannot be read, or the weights cannot be fetched.
+    """
+    _require_supported(name)
+    path = Path(checkpoint).expanduser() if checkpoint else _fetch(name)
+    return Weights(read_state_dict(path), file_sha256(path), source=str(path))
+
+
+def build_backbone(
+    name: str,
+    weights: Weights | None,
+    *,
+    feature: Literal["key", "query", "value"] = "key",
+    block: int = -1,
+) -> FeatureExtractor:
+    """Backbone ``name`` in evaluation mode, frozen, on the CPU.
+
+    Args:
+        name: As for ``load_weights``.
+        weights: What ``load_weights`` gave; None leaves the random initialisation.
+        feature: Which projection of a ViT's block is the patch feature.
+        block: Which block of a ViT, from 0; negative counts from the last.
+
+    Raises:
+        ConfigError: the name, the feature or the block does not exist for this network.
+        WeightsError: the weights do not fit the architecture.
+    """
+    extractor: FeatureExtractor
+    if name in CNNS:
+        if feature != "key" or block != -1:
+            raise ConfigError(
+                f"backbone.feature and backbone.block have no effect on {name}, got {feature} and "
+                f"{block}; leave them at key and -1, or take a ViT"
+            )
+        extractor = ConvFeatures(_cnn(name, weights))
+    else:
+        extractor = ViTFeatures(_vit(name, weights), feature=feature, block=block)
+    return extractor.eval().requires_grad_(False)
+
+
+def _cnn(name: str, weights: Weights | None) -> nn.Module:
+    """The convolutional network of that name, up to its last map at stride 16."""
+    network: nn.Module
+    if name.startswith("vgg16"):
+        network = Vgg16Map()
+    else:
+        # Stride 16 dilates the last stage, as torchvision's replace_stride_with_dilation in LOST.
+        network = timm.create_model("resnet50", output_stride=16, num_classes=0, global_pool="")
+    if weights is not None:
+        fit_state_dict(network, weights.state_dict, weights.source)
+    return network
+
+
+def _vit(name: str, weights: Weights | None) -> nn.Module:
+    """The plain ViT of that name, with the weights."""
+    skeleton = _require_supported(name)
+    if weights is None:
+        vit: nn.Module = timm.create_model(_architecture(name), num_classes=0)
+        return vit
+    return _fill(skeleton, weights)
+
+
+def _fill(skeleton: nn.Module, weights: Weights) -> nn.Module:
+    """The ViT ``skeleton`` (on no device yet) with the weights, on the CPU."""
+    state = _timm_names(weights.state_dict, skeleton)
+    # Plain ViTs have no buffers: all that to_empty leaves undefined is a weight to be filled.
+    vit = skeleton.to_empty(device="cpu")
+    fit_state_dict(vit, state, weights.source)
+    return vit
+
+
+def _timm_names(state: dict[str, Tensor], vit: Any) -> dict[str, Tensor]:
+    """Weights under timm's names, where they came under DINOv2's or DeiT-III's.
+
+    timm would also resample patches and positions of other sizes without a word; weights that need
+    that are passed on as they are, to be refused.
+    """
+    num_patches = vit.patch_embed.num_patches
+    positions = state.get("pos_embed")
+    if positions is None or positions.ndim != 3:
+        return state
+    num_prefix = positions.shape[1] - num_patches
+    same_grid = num_prefix in (0, 1, vit.num_prefix_tokens)
+    if not same_grid or patch_side(state) != vit.patch_embed.patch_size[0]:
+        return state
+    renamed: dict[str, Tensor] = vision_transformer.checkpoint_filter_fn(
+        dict(state), vit, adapt_layer_scale=True
+    )
+    return renamed
+
+
+def _architecture(name: str) -> str:
+    """What timm calls the network."""
+    return _PUBLISHED_ELSEWHERE[name][0] if name in _PUBLISHED_ELSEWHERE else name
+
+
+def _require_supported(name: str) -> nn.Module:
+    """The network without memory (on the meta device), once it is known to be one we can use."""
+    _require_known(name)
+    with torch.device("meta"):
+        network: nn.Module = timm.create_model(_architecture(name), num_classes=0)
+    if name not in CNNS and not _is_plain_vit(network):
+        raise ConfigError(
+            f"backbone.name must be a plain timm ViT (learned absolute positions, fused qkv) or "
+            f"one of {', '.join(CNNS)}; {name} is a {type(network).__name__} with other parts"
+        )
+    return network
+
+
+def _is_plain_vit(network: Any) -> bool:
+    """Whether all parts are timm's standard ones: others reorder norms or change attention."""
+    return (
+        isinstance(network, vision_transformer.VisionTransformer)
+        and type(network.patch_embed) is PatchEmbed
+        and all(type(block) is vision_transformer.Block for block in network.blocks)
+        and all(type(block.attn) is Attention for block in network.blocks)
+    )
+
+
+def _require_known(name: str) -> None:
+    """Raise ConfigError with the nearest names unless timm or we know this one."""
+    architecture, _, tag = name.partition(".")
+    if name in CNNS or name in _PUBLISHED_ELSEWHERE:
+        return
+    if timm.is_model(architecture) and (not tag or name in get_arch_pretrained_cfgs(architecture)):
+        return
+    vits = {n for kind in ("vit_*", "deit*") for n in [*timm.list_models(kind)]}
+    tagged = {n for kind in ("vit_*", "deit*") for n in timm.list_pretrained(kind)}
+    known = sorted({*vits, *tagged, *CNNS, *_PUBLISHED_ELSEWHERE})
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(close)}?" if close else "see timm.list_models('vit_*')"
+    raise ConfigError(
+        f"backbone.name must be a timm ViT or one of {', '.join(CNNS)}, got {name}; {hint}"
+    )
+
+
+def _fetch(name: str) -> Path:
+    """The file of published weights, in a cache of this machine."""
+    if name in _PUBLISHED_ELSEWHERE:
+        return fetch_url(name, _PUBLISHED_ELSEWHERE[name][1])
+    published: Any = get_pretrained_cfg(name)
+    if published is not None and published.hf_hub_id:
+        return fetch_from_hub(name, published.hf_hub_id, published.hf_hub_filename)
+    if published is not None and published.url and not published.custom_load:
+        return fetch_url(name, published.url)
+    raise WeightsError(
+        f"timm publishes no weights for {name} that can be used here; "
+        "give a file with --backbone.checkpoint FILE, or a name with a tag"
+    )

@@ -1,0 +1,211 @@
+"""Keys, queries or values of one block of a plain ViT, at any image size.
+
+Only what that feature needs is computed: the blocks before it, that block's first norm, and one
+third of its ``qkv`` matrix. The block's own attention, its MLP and all that follows are never run
+and not kept in memory. Where a model normalises queries and keys per head (``q_norm``, ``k_norm``),
+those norms are left out, as in LOST's hook: the feature is the output of ``attn.qkv``.
+
+The network is taken as it is (timm's ``VisionTransformer`` or one with the same attributes:
+``patch_embed.proj``, ``cls_token``, ``pos_embed``, ``blocks[i].norm1``, ``blocks[i].attn.qkv``).
+To add a feature of a block: add its name to ``THIRDS``, or write a class beside ``ViTFeatures``.
+
+Shape letters:  B images   H, W patch rows and columns   N tokens   P prefix tokens (class,
+distillation, registers)   D channels
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pipeline.errors import ConfigError
+from pipeline.models.features import FeatureExtractor, PatchFeatures
+
+THIRDS = {"query": 0, "key": 1, "value": 2}
+"""Where each projection lies in a fused ``qkv`` matrix."""
+
+# Each cached grid costs rows * columns * channels floats (7 MB for ViT-S/8 at 640 x 480), and
+# batches come grid by grid, so a few are as good as many.
+_MAX_CACHED_GRIDS = 8
+
+
+class ViTFeatures(FeatureExtractor):
+    """The ``feature`` projection of block ``block`` for every patch, prefix tokens dropped."""
+
+    def __init__(
+        self, vit: nn.Module, *, feature: Literal["key", "query", "value"] = "key", block: int = -1
+    ) -> None:
+        """Take over the parts of ``vit`` that the feature needs (shared, not copied).
+
+        Raises:
+            ConfigError: the block does not exist, or the network is not a plain ViT.
+        """
+        super().__init__()
+        parts: Any = vit
+        _require_plain_vit(parts)
+        blocks = list(parts.blocks)
+        if not -len(blocks) <= block < len(blocks):
+            raise ConfigError(
+                f"backbone.block must be in [{-len(blocks)}, {len(blocks) - 1}] "
+                f"for a network of {len(blocks)} blocks, got {block}"
+            )
+        self.projection = parts.patch_embed.proj
+        self.patch_size = int(self.projection.stride[0])
+        self.patch_norm = getattr(parts.patch_embed, "norm", nn.Identity())
+        self.norm_pre = getattr(parts, "norm_pre", nn.Identity())
+        self.blocks = nn.Sequential(*blocks[: block % len(blocks)])
+        self.norm1 = blocks[block].norm1
+        self.feature = _third_of(blocks[block].attn.qkv, THIRDS[feature])
+
+        prefix = _prefix_tokens(parts)
+        self.num_prefix = 0 if prefix is None else int(prefix.shape[1])
+        self._num_prefix_positions = _num_prefix_positions(parts)
+        self.register_buffer("prefix_1PD", prefix)
+        self.register_buffer("pos_embed_1ND", parts.pos_embed.detach())
+        self._cache: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
+
+    def forward(self, images_B3HW: Tensor) -> PatchFeatures:
+        """Features of the images' patches; see the base class."""
+        rows, columns = self.patch_grid(images_B3HW)
+        tokens_BND = self.projection(images_B3HW).flatten(2).transpose(1, 2)
+        tokens_BND = self._add_positions(self.patch_norm(tokens_BND), (rows, columns))
+        tokens_BND = self.blocks(self.norm_pre(tokens_BND))
+        feature_BND = self.feature(self.norm1(tokens_BND[:, self.num_prefix :]))
+        tokens_BHWD = feature_BND.float().reshape(len(feature_BND), rows, columns, -1)
+        return PatchFeatures(tokens_BHWD, stride=self.patch_size)
+
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        """``(1, N, D)`` positional embedding at ``grid`` (rows, columns); the last few are kept."""
+        if grid in self._cache:
+            self._cache.move_to_end(grid)
+        else:
+            embedding: Any = self.pos_embed_1ND
+            self._cache[grid] = interpolate_positions(
+                embedding, grid, num_prefix=self._num_prefix_positions
+            )
+            if len(self._cache) > _MAX_CACHED_GRIDS:
+                self._cache.popitem(last=False)
+        return self._cache[grid]
+
+    def _add_positions(self, patches_BND: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Prefix tokens, then patches, each with its position where it has one."""
+        positions_1ND = self.positions(grid)
+        split = self._num_prefix_positions
+        tokens_BND = patches_BND + positions_1ND[:, split:]
+        prefix: Any = self.prefix_1PD
+        if prefix is None:
+            return tokens_BND
+        if split:
+            prefix = prefix + positions_1ND[:, :split]
+        return torch.cat([prefix.expand(len(tokens_BND), -1, -1), tokens_BND], dim=1)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ViTFeatures":
+        # The cache is no buffer: after .to(device) it would stay behind.
+        self._cache.clear()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+def interpolate_positions(
+    pos_embed_1ND: Tensor, grid: tuple[int, int], *, num_prefix: int = 1
+) -> Tensor:
+    """``(1, P + rows * columns, D)``: a square grid of positions, bicubically brought to ``grid``.
+
+    DINO's formula (``interpolate_pos_encoding``): the factor ``(rows + 0.1) / side`` itself, not
+    the ratio of the sizes, enters the coordinates; no antialiasing. timm's resampling differs by
+    some per cent, which moves boxes. The trained grid is returned untouched, as in DINO.
+
+    Args:
+        pos_embed_1ND: The trained embedding, prefix positions first.
+        grid: Patch rows and columns.
+        num_prefix: How many of the positions belong to prefix tokens; they are kept as they are.
+
+    Raises:
+        ValueError: the trained patch positions do not form a square.
+    """
+    side = math.isqrt(pos_embed_1ND.shape[1] - num_prefix)
+    if side * side != pos_embed_1ND.shape[1] - num_prefix:
+        raise ValueError(
+            f"patch positions must form a square, got {pos_embed_1ND.shape[1] - num_prefix}"
+        )
+    if grid == (side, side):
+        return pos_embed_1ND
+    trained_1DHW = pos_embed_1ND[:, num_prefix:].transpose(1, 2).reshape(1, -1, side, side)
+    factors = [(length + 0.1) / side for length in grid]
+    patches_1DHW = functional.interpolate(
+        trained_1DHW.float(), scale_factor=factors, mode="bicubic", align_corners=False
+    )
+    patches_1ND = patches_1DHW.flatten(2).transpose(1, 2).to(pos_embed_1ND.dtype)
+    return torch.cat([pos_embed_1ND[:, :num_prefix], patches_1ND], dim=1)
+
+
+def _require_plain_vit(vit: Any) -> None:
+    """Raise ConfigError unless the parts we take over are there and mean what we think."""
+    reason = _why_not_plain(vit)
+    if reason:
+        raise ConfigError(
+            f"backbone {type(vit).__name__} {reason}; supported are plain ViTs: "
+            "a patch convolution, learned absolute positions on a square grid, norm and fused qkv"
+        )
+
+
+def _why_not_plain(vit: Any) -> str:
+    """Why the network is not a plain ViT, or an empty string."""
+    projection = getattr(getattr(vit, "patch_embed", None), "proj", None)
+    if not isinstance(projection, nn.Conv2d) or projection.in_channels != 3:
+        return "has no single patch convolution on the pixels"
+    sides = {*projection.kernel_size, *projection.stride}
+    if len(sides) != 1:
+        return "has patches that overlap or are not square"
+    positions = getattr(vit, "pos_embed", None)
+    if not isinstance(positions, Tensor) or positions.ndim != 3:
+        return "has no learned absolute positions"
+    num_patches = positions.shape[1] - _num_prefix_positions(vit)
+    if num_patches < 1 or math.isqrt(num_patches) ** 2 != num_patches:
+        return "has positions that form no square grid"
+    relative = ("rope", "rel_pos_bias", "shared_rel_pos")
+    if any(getattr(vit, name, None) is not None for name in relative):
+        return "has rotary or relative positions"
+    if not all(_has_fused_qkv(block) for block in getattr(vit, "blocks", [None])):
+        return "has blocks without norm1 and a fused attn.qkv"
+    return ""
+
+
+def _has_fused_qkv(block: Any) -> bool:
+    """Whether queries, keys and values of the block come out of one Linear after ``norm1``."""
+    attention = getattr(block, "attn", None)
+    qkv = getattr(attention, "qkv", None)
+    # BEiT and EVA add the biases outside of the Linear.
+    has_biases_apart = getattr(attention, "q_bias", None) is not None
+    return isinstance(qkv, nn.Linear) and hasattr(block, "norm1") and not has_biases_apart
+
+
+def _prefix_tokens(vit: Any) -> Tensor | None:
+    """``(1, P, D)`` class, distillation and register tokens in the order in which they are used."""
+    names = ("cls_token", "dist_token", "reg_token")
+    tokens = [getattr(vit, name, None) for name in names]
+    present = [token.detach() for token in tokens if token is not None]
+    return torch.cat(present, dim=1) if present else None
+
+
+def _num_prefix_positions(vit: Any) -> int:
+    """How many entries of ``pos_embed`` belong to prefix tokens (none in DeiT-III)."""
+    prefix = _prefix_tokens(vit)
+    if prefix is None or getattr(vit, "no_embed_class", False):
+        return 0
+    return int(prefix.shape[1])
+
+
+def _third_of(qkv: nn.Linear, index: int) -> nn.Linear:
+    """The Linear that gives one of query, key and value; a copy, so that the others are freed."""
+    width = qkv.out_features // 3
+    rows = slice(index * width, (index + 1) * width)
+    third = nn.Linear(qkv.in_features, width, bias=qkv.bias is not None, device="meta")
+    third.weight = nn.Parameter(qkv.weight.detach()[rows].clone())
+    if qkv.bias is not None:
+        third.bias = nn.Parameter(qkv.bias.detach()[rows].clone())
+    return third

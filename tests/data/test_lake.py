@@ -1,0 +1,126 @@
+"""Collections of every kind: stable ids, one report, and errors that say what was searched."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from pipeline.data.lake import INPUT_SCHEMA, Collection, Listing, image_id
+from pipeline.data.sources import fetch_bytes
+from pipeline.errors import ConfigError, DataError
+
+CANARY = "wJalrXUtnFEMI/K7MDENG"
+
+
+def listed(images: str | Path, num_rows: int = 50_000) -> tuple[list[str], Listing]:
+    """URIs and report of a collection, after checks that hold for every one of them."""
+    collection = Collection(str(images))
+    chunks = list(collection.chunks(num_rows))
+    assert all(chunk.schema == INPUT_SCHEMA and chunk.num_rows <= num_rows for chunk in chunks)
+    table = pa.concat_tables(chunks)
+    ids = table["image_id"].to_pylist()
+    assert len(set(ids)) == len(ids) == collection.report.num_images
+    return table["uri"].to_pylist(), collection.report
+
+
+def ids_of(images: str | Path) -> list[str]:
+    tables = list(Collection(str(images)).chunks())
+    ids: list[str] = pa.concat_tables(tables)["image_id"].to_pylist()
+    return ids
+
+
+def below(root: Path, uris: Sequence[str]) -> list[str]:
+    return [uri.removeprefix(f"{root}/") for uri in uris]
+
+
+def plant(root: Path, *names: str) -> Path:
+    """Files whose content is their own name."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(name.encode())
+    return root
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    names = ("a/cat.jpg", "b/cat.jpg", "b/c/dog.PNG", "top.webp", "b/notes.txt", "b/README")
+    return plant(tmp_path / "tree", *names)
+
+
+def test_report_is_plain_json(tree: Path) -> None:
+    report = listed(tree)[1]
+    assert Listing.model_validate_json(report.model_dump_json()) == report
+
+
+def test_chunks_hold_at_most_the_rows_asked_for(tree: Path) -> None:
+    assert listed(tree, num_rows=1)[0] == listed(tree)[0]
+
+
+def test_listing_again_counts_anew(tree: Path) -> None:
+    collection = Collection(str(tree))
+    assert len(list(collection.chunks())) == len(list(collection.chunks())) == 1
+    assert collection.report.num_images == 4
+
+
+def test_copy_of_the_tree_has_the_same_ids(tree: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tree, tmp_path / "elsewhere" / "copy")
+    assert ids_of(tree) == ids_of(copy)
+    assert ids_of(tree)[0] == image_id("top.webp")
+    assert len(image_id("top.webp")) == 32
+
+
+def test_ids_are_relative_to_the_root_of_a_link_and_of_a_glob(tree: Path) -> None:
+    link = tree.parent / "link"
+    link.symlink_to(tree)
+    assert ids_of(link) == ids_of(tree)
+    assert ids_of(tree / "b" / "*.jpg") == [image_id("cat.jpg")]
+
+
+def test_empty_collection_says_what_it_ignored(tmp_path: Path) -> None:
+    plant(tmp_path, "a.txt", "b.txt", "c.heic")
+    with pytest.raises(DataError, match=r"no images in .*ignored: 2 \.txt, 1 \.heic"):
+        listed(tmp_path)
+
+
+def test_glob_without_a_match_names_the_pattern(tree: Path) -> None:
+    with pytest.raises(DataError, match=r"no images in .*searched \*\.bmp"):
+        listed(tree / "*.bmp")
+
+
+@pytest.mark.parametrize("name", ["nowhere", "nowhere/*.jpg"])
+def test_missing_place_is_a_data_error(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match="nowhere"):
+        Collection(str(tmp_path / name))
+
+
+def test_file_of_another_kind_is_refused(tree: Path) -> None:
+    with pytest.raises(DataError, match="got a file without extension"):
+        Collection(str(tree / "b" / "README"))
+
+
+def test_single_image_is_a_collection(tree: Path) -> None:
+    uris, report = listed(tree / "a" / "cat.jpg")
+    assert uris == [f"{tree}/a/cat.jpg"]
+    assert report.kind == "file"
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        f"s3://AKIA:{CANARY}@bucket/x",
+        f"https://u:{CANARY}@host/x",
+        f"s3://bucket/x.jpg?X-Amz-Signature={CANARY}",
+        f"s3://bucket/x.jpg?secret_key={CANARY}",
+        f"https://host/x.jpg?sig={CANARY}",
+    ],
+)
+def test_secrets_are_refused_and_not_repeated(tmp_path: Path, uri: str) -> None:
+    (tmp_path / "list.txt").write_text(f"# a list\n{uri}\n")
+    with pytest.raises(ConfigError) as whole:
+        Collection(uri)
+    with pytest.raises(DataError, match="line 2") as line:
+        listed(tmp_path / "list.txt")
+    fault = fetch_bytes([uri])[0]
+    assert "MDENG" not in f"{whole.value} {line.value} {fault!r}"

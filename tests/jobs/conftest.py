@@ -1,0 +1,115 @@
+"""A small network and small pictures: whole jobs run with nothing beside the repository."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from tests.conftest import ROOT
+
+SIZES = [(96, 64), (64, 96), (80, 80)]
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ViT-Ti with random weights, in timm's names."""
+    import timm
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "vit_tiny.safetensors"
+    save_file(timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict(), path)
+    return path
+
+
+def write_photos(folder: Path, count: int) -> None:
+    """``count`` different little pictures, in two sub-folders that repeat each other's names."""
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        width, height = SIZES[number % len(SIZES)]
+        path = folder / f"part-{number % 2}" / f"photo-{number // 2:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 255, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+
+
+class LabelJobs:
+    """Starts labelling jobs as a user does, and knows how to kill them."""
+
+    def __init__(self, weights: Path, folder: Path) -> None:
+        self.weights, self.folder = weights, folder
+
+    def command(self, images: str | Path, output: str | Path, *flags: str) -> list[str]:
+        """The command line of a job over ``images`` with the tiny network."""
+        return [
+            sys.executable,
+            "jobs/label_images.py",
+            *("--images", str(images), "--output", str(output)),
+            *("--backbone.name", "vit_tiny_patch16_224"),
+            *("--backbone.checkpoint", str(self.weights)),
+            *("--tracking-uri", "off"),
+            *flags,
+        ]
+
+    def run(
+        self, images: str | Path, output: str | Path, *flags: str, **env: str
+    ) -> "subprocess.CompletedProcess[str]":
+        """Run a job to its end."""
+        return subprocess.run(
+            self.command(images, output, *flags),
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, **env},
+            timeout=300,
+        )
+
+    def start(self, images: Path, output: Path, *flags: str) -> "subprocess.Popen[str]":
+        """Start a job and return while it runs."""
+        log = (self.folder / f"job-{time.monotonic_ns()}.log").open("w")
+        return subprocess.Popen(
+            self.command(images, output, *flags), cwd=ROOT, stdout=log, stderr=log, text=True
+        )
+
+
+@pytest.fixture
+def label_jobs(tiny_weights: Path, tmp_path: Path) -> LabelJobs:
+    return LabelJobs(tiny_weights, tmp_path)
+
+
+def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
+    """Return when ``condition`` holds; fail if the job ends or two minutes pass before."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, "the job ended before it could be killed"
+        assert time.monotonic() < deadline, "waited for two minutes"
+        time.sleep(0.02)
+
+
+def finished_blocks(output: Path) -> list[Path]:
+    """The blocks an unfinished run has on disk."""
+    return sorted(output.glob("_run/*/pass-*/blocks/block-*.parquet"))
+
+
+def processes_below(process: "subprocess.Popen[str]") -> list[psutil.Process]:
+    """All processes the job has started, Ray's included."""
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def kill(process: "subprocess.Popen[str]") -> None:
+    """SIGKILL the driver, and see to it that nothing it started outlives it."""
+    below = processes_below(process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    _, alive = psutil.wait_procs(below, timeout=30)
+    assert not alive, f"outlived the driver: {alive}"

@@ -1,0 +1,218 @@
+"""The labelling job, run as a user runs it: real processes, real Ray, real kills."""
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from pipeline.data.pseudo_labels import SCHEMA, read_labels, read_manifest
+from pipeline.storage import Location
+from tests.jobs.conftest import (
+    LabelJobs,
+    finished_blocks,
+    kill,
+    processes_below,
+    wait_for,
+    write_photos,
+)
+
+pytestmark = pytest.mark.ray
+
+SMALL_BLOCKS = ("--compute.block-size", "2", "--progress-seconds", "0.2")
+
+
+def table_of(output: str | Path) -> pa.Table:
+    return read_labels(Location.parse(str(output)))
+
+
+def comparable(output: Path) -> pa.Table:
+    """What two runs over the same images must agree on, to the bit."""
+    return table_of(output).drop_columns(["run_id", "created_at"])
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    write_photos(folder, 40)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    photos: Path, tiny_weights: Path, tmp_path_factory: pytest.TempPathFactory
+) -> pa.Table:
+    output = tmp_path_factory.mktemp("uninterrupted") / "labels"
+    done = LabelJobs(tiny_weights, output.parent).run(photos, output, *SMALL_BLOCKS)
+    assert done.returncode == 0, done.stderr
+    return comparable(output)
+
+
+def test_a_mixed_folder_gives_one_row_per_file_with_its_status(
+    label_jobs: LabelJobs, tmp_path: Path
+) -> None:
+    photos = tmp_path / "photos"
+    write_photos(photos, 6)
+    good = (photos / "part-0" / "photo-000.png").read_bytes()
+    (photos / "truncated.png").write_bytes(good[: len(good) // 2])
+    (photos / "empty.JPG").write_bytes(b"")
+    (photos / "page.jpg").write_bytes(b"<!DOCTYPE html><html></html>")
+    (photos / "notes.txt").write_bytes(b"not an image")
+    (photos / "näme with % # \n.png").write_bytes(good)
+    done = label_jobs.run(photos, tmp_path / "labels", "--max-bad-fraction", "0.5")
+    assert done.returncode == 0, done.stderr
+    table = table_of(tmp_path / "labels")
+    assert table.schema.remove_metadata() == SCHEMA
+    statuses = {row["uri"].removeprefix(f"{photos}/"): row["status"] for row in table.to_pylist()}
+    assert len(statuses) == 10
+    assert statuses["truncated.png"] == "error_decode"
+    assert statuses["empty.JPG"] == "error_read"
+    assert statuses["page.jpg"] == "error_decode"
+    assert sorted(statuses.values()).count("ok") == 7
+    assert "found 10 images" in done.stdout
+    assert "1 .txt" in done.stdout
+    for row in table.to_pylist():
+        if row["status"] == "ok":
+            x0, y0, x1, y1 = row["boxes"][0]
+            assert 0 <= x0 < x1 <= row["width"]
+            assert 0 <= y0 < y1 <= row["height"]
+
+
+def test_a_second_run_is_refused_until_told_to_overwrite(
+    label_jobs: LabelJobs, tmp_path: Path
+) -> None:
+    write_photos(tmp_path / "photos", 2)
+    output = tmp_path / "labels"
+    assert label_jobs.run(tmp_path / "photos", output).returncode == 0
+    before = comparable(output)
+    refused = label_jobs.run(tmp_path / "photos", output)
+    assert refused.returncode == 5
+    assert "already holds a finished table" in refused.stderr
+    other = label_jobs.run(tmp_path / "photos", output, "--resume", "--localization.rule", "lost")
+    assert other.returncode == 2
+    assert "localization.rule: 'solost' there, 'lost' now" in other.stderr
+    again = label_jobs.run(tmp_path / "photos", output, "--resume")
+    assert again.returncode == 0
+    assert "nothing is left to do" in again.stdout
+    assert label_jobs.run(tmp_path / "photos", output, "--overwrite").returncode == 0
+    assert comparable(output).equals(before)
+
+
+def test_a_killed_driver_resumes_to_the_table_of_an_uninterrupted_run(
+    label_jobs: LabelJobs, photos: Path, uninterrupted: pa.Table, tmp_path: Path
+) -> None:
+    output = tmp_path / "labels"
+    job = label_jobs.start(photos, output, *SMALL_BLOCKS)
+    wait_for(lambda: len(finished_blocks(output)) >= 5, job)
+    kill(job)
+    kept = {path: path.stat().st_mtime_ns for path in finished_blocks(output)}
+    assert 5 <= len(kept) < 20
+    assert not (output / "_MANIFEST.json").exists()
+    # Killed again, early, and resumed for good.
+    job = label_jobs.start(photos, output, "--resume", *SMALL_BLOCKS)
+    wait_for(lambda: len(finished_blocks(output)) > len(kept), job)
+    assert all(path.stat().st_mtime_ns == when for path, when in kept.items()), "recomputed"
+    kill(job)
+    done = label_jobs.run(photos, output, "--resume", *SMALL_BLOCKS)
+    assert done.returncode == 0, done.stderr
+    assert "resuming: " in done.stdout
+    assert comparable(output).equals(uninterrupted)
+
+
+def test_a_killed_actor_loses_nothing(
+    label_jobs: LabelJobs, photos: Path, uninterrupted: pa.Table, tmp_path: Path
+) -> None:
+    output = tmp_path / "labels"
+    job = label_jobs.start(photos, output, *SMALL_BLOCKS)
+    wait_for(lambda: len(finished_blocks(output)) >= 3, job)
+    actors = [p for p in processes_below(job) if "LabelBlock" in " ".join(p.cmdline())]
+    assert actors, [" ".join(p.cmdline())[:60] for p in processes_below(job)]
+    actors[0].send_signal(signal.SIGKILL)
+    assert job.wait(timeout=240) == 0
+    assert comparable(output).equals(uninterrupted)
+
+
+def test_a_second_job_on_the_same_output_is_refused(
+    label_jobs: LabelJobs, photos: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "labels"
+    job = label_jobs.start(photos, output, *SMALL_BLOCKS)
+    wait_for(lambda: (output / "_lease.json").exists(), job)
+    second = label_jobs.run(photos, output, "--resume", *SMALL_BLOCKS)
+    kill(job)
+    assert second.returncode == 5
+    assert f"in use by process {job.pid}" in second.stderr
+
+
+def test_failed_rows_are_labelled_again_when_asked(label_jobs: LabelJobs, tmp_path: Path) -> None:
+    photos, output = tmp_path / "photos", tmp_path / "labels"
+    write_photos(photos, 5)
+    broken = photos / "part-0" / "photo-000.png"
+    good = broken.read_bytes()
+    broken.write_bytes(good[:100])
+    first = label_jobs.run(photos, output)
+    assert first.returncode == 6
+    assert "TooManyBadImages: 1 of 5 images failed" in first.stderr
+    ids = table_of(output)["image_id"]
+    broken.write_bytes(good)
+    second = label_jobs.run(photos, output, "--resume", "--retry-failed")
+    assert second.returncode == 0, second.stderr
+    manifest = read_manifest(Location.parse(str(output)))
+    assert (manifest.counts, manifest.passes) == ({"ok": 5}, 2)
+    assert table_of(output)["image_id"].equals(ids)
+
+
+@pytest.mark.parametrize(
+    ("images", "code", "complaint"),
+    [("nowhere", 3, "nowhere does not exist"), ("empty", 3, "no image")],
+)
+def test_nothing_to_label_is_told_before_ray_starts_and_leaves_no_trace(
+    label_jobs: LabelJobs, tmp_path: Path, images: str, code: int, complaint: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    done = label_jobs.run(tmp_path / images, tmp_path / "labels")
+    assert done.returncode == code
+    assert complaint in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert list((tmp_path / "labels").iterdir()) == []
+
+
+def test_a_full_disk_is_one_line_and_what_is_done_stays(
+    label_jobs: LabelJobs, photos: Path, uninterrupted: pa.Table, tmp_path: Path
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small disk needs root")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small disk is not allowed here")
+    try:
+        full = label_jobs.run(photos, disk / "labels", *SMALL_BLOCKS)
+        assert full.returncode == 5, full.stderr
+        assert "StorageError: cannot write" in full.stderr
+        assert "--resume" in full.stderr
+        assert full.stderr.count("\n") == 1
+        assert finished_blocks(disk / "labels")
+        subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
+        done = label_jobs.run(photos, disk / "labels", "--resume", *SMALL_BLOCKS)
+        assert done.returncode == 0, done.stderr
+        assert comparable(disk / "labels").equals(uninterrupted)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_the_manifest_says_how_the_table_was_made(label_jobs: LabelJobs, tmp_path: Path) -> None:
+    write_photos(tmp_path / "photos", 2)
+    done = label_jobs.run(tmp_path / "photos", tmp_path / "labels", "--localization.rule", "lost")
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads((tmp_path / "labels" / "_MANIFEST.json").read_text())
+    assert manifest["config"]["localization.rule"] == "lost"
+    assert manifest["config"]["backbone.weights_sha256"] == manifest["weights_sha256"]
+    assert manifest["versions"].keys() >= {"python", "torch", "ray", "patchseed"}
+    row = table_of(tmp_path / "labels").to_pylist()[0]
+    assert row["run_id"] == manifest["run_id"]
+    assert row["config_hash"] == manifest["config_hash"]

@@ -1,0 +1,47 @@
+"""Who may import what, proved by importing: import-linter reads the sources, this runs them."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+RAY_FREE = [
+    "pipeline.boxes",
+    "pipeline.command_line",
+    "pipeline.config",
+    "pipeline.data.images",
+    "pipeline.data.label_run",
+    "pipeline.data.lake",
+    "pipeline.data.pixels",
+    "pipeline.data.scenes",
+    "pipeline.evaluation.evaluate",
+    "pipeline.labelling",
+    "pipeline.localization.localize",
+    "pipeline.models.dino_vit",
+    "pipeline.models.features",
+    "pipeline.tracking",
+    "pipeline.visualisation",
+]
+
+
+def loaded_by(module: str, candidates: set[str]) -> set[str]:
+    code = f"import sys, {module}; print(*({candidates!r} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return set(done.stdout.split())
+
+
+def test_rooms_outside_the_cluster_load_neither_ray_nor_mlflow_nor_timm() -> None:
+    assert loaded_by(", ".join(RAY_FREE), {"ray", "mlflow", "timm"}) == set()
+
+
+@pytest.mark.parametrize("module", ["pipeline.config", "pipeline.command_line"])
+def test_the_command_line_is_light(module: str) -> None:
+    assert loaded_by(module, {"torch", "ray", "mlflow", "pandas"}) == set()
+
+
+def test_a_worker_that_reads_and_writes_blocks_does_not_load_torch() -> None:
+    assert loaded_by("pipeline.cluster.block_tasks", {"torch", "timm", "mlflow"}) == set()

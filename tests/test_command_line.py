@@ -1,0 +1,109 @@
+"""Flags and YAML become a checked configuration; a fault is one line and its own exit code."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.command_line import parse
+from pipeline.config import LabelJob
+from pipeline.errors import ConfigError
+from tests.conftest import ROOT
+
+NEEDED = ["--images", "photos", "--output", "labels"]
+
+
+def run(*args: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "jobs/label_images.py", *args]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_flags_reach_nested_settings() -> None:
+    job = parse(
+        LabelJob, [*NEEDED, "--backbone.block", "5", "--backbone.feature", "value", "--resume"]
+    )
+    assert (job.backbone.block, job.backbone.feature, job.resume) == (5, "value", True)
+    assert job.localization.keep_fraction == 0.5
+
+
+def test_all_values_out_of_range_are_told_at_once() -> None:
+    bad = ["--localization.keep-fraction", "3", "--localization.num-candidates", "0"]
+    with pytest.raises(ConfigError) as fault:
+        parse(LabelJob, [*NEEDED, *bad])
+    text = str(fault.value)
+    assert "--localization.keep-fraction: input should be less than or equal to 1, got 3.0" in text
+    assert "--localization.num-candidates" in text
+
+
+def test_flags_that_contradict_each_other_are_refused() -> None:
+    with pytest.raises(ConfigError, match="--resume and --overwrite contradict each other"):
+        parse(LabelJob, [*NEEDED, "--resume", "--overwrite"])
+
+
+def test_a_yaml_file_gives_values_and_later_flags_win(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(
+        "images: photos\noutput: labels\nresume: true\nlocalization: {rule: lost, num_candidates: 7}\n"
+        "decode: {background: [1, 2, 3]}\ncompute: {wait: false}\n"
+    )
+    job = parse(LabelJob, ["--config", str(path), "--localization.num-candidates", "9"])
+    assert (job.images, job.resume, job.localization.rule) == ("photos", True, "lost")
+    assert (job.localization.num_candidates, job.decode.background) == (9, (1, 2, 3))
+
+
+@pytest.mark.parametrize("content", ["- a\n- b\n", "a: [1\n", "!!python/object:os.system {}"])
+def test_a_broken_yaml_file_is_named(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match="--config .*job.yaml"):
+        parse(LabelJob, ["--config", str(path)])
+
+
+def test_a_misspelt_flag_gets_a_suggestion_quickly_and_exit_code_2() -> None:
+    started = time.monotonic()
+    done = run(*NEEDED, "--localization.keep-fracton", "0.5")
+    assert done.returncode == 2
+    assert "--localization.keep-fraction" in done.stderr
+    assert "Traceback" not in done.stderr
+    # Generous for a busy machine; importing torch and Ray alone takes longer than this on one.
+    assert time.monotonic() - started < 10
+
+
+def test_help_needs_neither_torch_nor_ray() -> None:
+    code = (
+        "import sys; sys.argv = ['label_images.py', '--help']\n"
+        "import runpy\n"
+        "try: runpy.run_path('jobs/label_images.py', run_name='__main__')\n"
+        "except SystemExit as done: print(done.code, {'torch', 'ray', 'mlflow'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip().endswith("0 set()")
+
+
+def test_a_missing_collection_is_one_line_and_exit_code_4_or_3(tmp_path: Path) -> None:
+    done = run("--images", "photos", "--output", str(tmp_path), "--backbone.checkpoint", "gone.pth")
+    assert done.returncode == 4
+    assert done.stderr.startswith("WeightsError: ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("signal_number", "code"), [(2, 130), (15, 143)])
+def test_an_interrupt_ends_with_its_own_code_and_the_resume_hint(
+    signal_number: int, code: int
+) -> None:
+    script = (
+        "import os, time\n"
+        "from pipeline.command_line import run_job\nfrom pipeline.config import EvaluateJob\n"
+        f"def call(job): os.kill(os.getpid(), {signal_number}); time.sleep(5)\n"
+        "import sys; sys.argv = ['x', '--labels', 'a', '--ground-truth', 'b']\n"
+        "run_job(EvaluateJob, call, None)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code
+    assert "--resume" in done.stderr

@@ -1,0 +1,339 @@
+"""Tracking with a healthy store (real sqlite): what is logged is made legal and read back."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from pipeline import tracking_outbox, tracking_spool
+from pipeline.errors import ConfigError
+from pipeline.tracking import NoTracker, absolute_uri, start_tracker
+from pipeline.tracking_courier import legal_key, legal_path, legal_text
+
+CANARY = "canary-5b1f"
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with MLflow's tables, made by a tracker; copying it saves each test 1.5 s."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    uri = f"sqlite:///{folder}/mlflow.db"
+    start_tracker(uri, experiment="first", spool=folder / "spool").close()
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def uri(empty_database: Path, tmp_path: Path) -> str:
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
+    return f"sqlite:///{tmp_path}/mlflow.db"
+
+
+def only_run(uri: str, experiment: str = "lab") -> Any:
+    client = MlflowClient(tracking_uri=uri)
+    found = client.get_experiment_by_name(experiment)
+    assert found is not None
+    (run,) = client.search_runs([found.experiment_id])
+    return run
+
+
+def metric_steps(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
+    history = MlflowClient(tracking_uri=uri).get_metric_history(run_id, key)
+    return [(one.step, one.value) for one in history]
+
+
+def artifact(uri: str, run_id: str, path: str, folder: Path) -> bytes:
+    client = MlflowClient(tracking_uri=uri)
+    return Path(client.download_artifacts(run_id, path, str(folder))).read_bytes()
+
+
+def test_everything_logged_is_read_back(uri: str, tmp_path: Path) -> None:
+    (tmp_path / "weights.bin").write_bytes(b"w" * 1000)
+    (tmp_path / "down").mkdir()
+    with start_tracker(
+        uri, experiment="lab", spool=tmp_path / "spool", run_name="r1", parent_run_id="p" * 32
+    ) as tracker:
+        tracker.log_params({"rule": "solost", "localization.keep_fraction": 0.5, "none": None})
+        for step in range(600):
+            tracker.log_metrics({"loss": 1 / (step + 1)}, step=step)
+        tracker.set_tags({"weights_sha256": "abc"})
+        tracker.log_dict({"rows": 3}, "out/_MANIFEST.json")
+        tracker.log_text("grüße", "note.txt")
+        tracker.log_artifact_bytes(b"\x89PNG", "pictures/grid.png")
+        tracker.log_file(tmp_path / "weights.bin")
+        assert tracker.wait_for_run_id(60) is not None
+    delivery = tracker.close()
+    assert (delivery.delivered, delivery.spooled, delivery.lost) == (607, 0, 0)
+    assert not (tmp_path / "spool").exists()
+    run = only_run(uri)
+    assert run.info.run_id == tracker.run_id
+    assert (run.info.run_name, run.info.status) == ("r1", "FINISHED")
+    assert run.data.params == {
+        "rule": "solost",
+        "localization.keep_fraction": "0.5",
+        "none": "None",
+    }
+    assert metric_steps(uri, run.info.run_id, "loss") == [(s, 1 / (s + 1)) for s in range(600)]
+    assert run.data.tags["weights_sha256"] == "abc"
+    assert run.data.tags["mlflow.parentRunId"] == "p" * 32
+    read = {
+        path: artifact(uri, run.info.run_id, path, tmp_path / "down")
+        for path in ("out/_MANIFEST.json", "note.txt", "pictures/grid.png", "weights.bin")
+    }
+    assert json.loads(read["out/_MANIFEST.json"]) == {"rows": 3}
+    assert read["note.txt"].decode() == "grüße"
+    assert read["pictures/grid.png"] == b"\x89PNG"
+    assert read["weights.bin"] == b"w" * 1000
+
+
+def test_default_store_is_absolute_and_beside_its_artifacts(
+    empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(empty_database, "mlflow.db")
+    with start_tracker(None, experiment="lab", spool=Path("spool")) as tracker:
+        tracker.log_text("x", "x.txt")
+    run = only_run(f"sqlite:///{tmp_path}/mlflow.db")
+    assert run.info.artifact_uri.startswith(f"{tmp_path}/mlartifacts/")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mlartifacts", "mlflow.db"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "status"), [(ValueError, "FAILED"), (KeyboardInterrupt, "KILLED")]
+)
+def test_status_says_how_the_block_ended(
+    uri: str, tmp_path: Path, fault: type[BaseException], status: str
+) -> None:
+    with pytest.raises(fault), start_tracker(uri, experiment="lab", spool=tmp_path / "spool"):
+        raise fault
+    assert only_run(uri).info.status == status
+
+
+def test_resumed_run_goes_on_and_a_changed_parameter_becomes_a_tag(
+    uri: str, tmp_path: Path
+) -> None:
+    with start_tracker(uri, experiment="lab", spool=tmp_path / "spool") as first:
+        first.log_params({"a": 1, "b": 2})
+        first.log_metrics({"loss": 2.0}, step=0)
+    with start_tracker(
+        uri, experiment="lab", spool=tmp_path / "spool", run_id=first.run_id
+    ) as second:
+        second.log_params({"a": 1, "b": 3, "c": 4})
+        second.log_metrics({"loss": 1.0}, step=1)
+    assert second.close().spooled == 0
+    run = only_run(uri)
+    assert run.data.params == {"a": "1", "b": "2", "c": "4"}
+    assert run.data.tags["changed.b"] == "3"
+    assert "changed.a" not in run.data.tags
+    assert metric_steps(uri, run.info.run_id, "loss") == [(0, 2.0), (1, 1.0)]
+    assert run.info.status == "FINISHED"
+
+
+def test_resume_of_an_unknown_run_makes_a_new_one(uri: str, tmp_path: Path) -> None:
+    with start_tracker(uri, experiment="lab", spool=tmp_path / "spool", run_id="0" * 32) as tracker:
+        tracker.log_metrics({"loss": 1.0})
+    assert only_run(uri).data.metrics == {"loss": 1.0}
+
+
+def test_what_mlflow_refuses_is_made_legal(uri: str, tmp_path: Path) -> None:
+    with start_tracker(uri, experiment="lab", spool=tmp_path / "spool") as tracker:
+        tracker.log_params({"x" * 300: 1, "long": "ü" * 7000, "a$b": 2, "../up": 3})
+        tracker.log_params({f"p{i}": i for i in range(150)})
+        tracker.log_metrics({f"m{i}": i for i in range(1200)}, step=7)
+        tracker.log_metrics({"loss": math.nan, "good": 1}, step=8)
+        tracker.log_metrics({"loss": math.inf, "up": math.inf, "corloc": None}, step=9)
+        tracker.log_metrics({})
+        tracker.log_text("x", "../../escape?.txt")
+    assert tracker.close().spooled == 0
+    data = only_run(uri).data
+    assert len(data.params) == 154
+    assert data.params["a_b"] == "2"
+    assert data.params["up"] == "3"
+    assert data.params["long"].endswith("ü... (7000 characters)")
+    assert len(data.params["long"]) == 6000
+    assert len(data.metrics) == 1201
+    assert data.metrics["m1199"] == 1199.0
+    assert data.tags["not_finite.loss"] == "nan at step 8"
+    assert data.tags["not_finite.up"] == "inf at step 9"
+    assert data.tags["not_finite.corloc"] == "None at step 9"
+
+
+@pytest.mark.parametrize(
+    ("given", "legal"),
+    [
+        ("a/b.c-d e:f", "a/b.c-d e:f"),
+        ("a$b", "a_b"),
+        ("a//b/./c", "a/b/c"),
+        ("/abs", "abs"),
+        ("..", "_"),
+        ("", "_"),
+        ("line\n", "line_"),
+    ],
+)
+def test_key_is_the_nearest_legal_one(given: str, legal: str) -> None:
+    assert legal_key(given) == legal
+
+
+def test_long_keys_stay_different_and_within_the_limit() -> None:
+    keys = {legal_key("k" * 300 + tail) for tail in "ab"}
+    assert len(keys) == 2
+    assert {len(key) for key in keys} == {250}
+
+
+def test_long_file_name_keeps_its_suffix() -> None:
+    name = legal_path("a/" + "ü" * 300 + ".png").split("/")[1]
+    assert name.endswith(".png")
+    assert len(name.encode()) <= 255
+
+
+def test_secret_is_blotted_out_before_a_text_is_cut() -> None:
+    assert CANARY not in legal_text(f"{'x' * 50}://user:{CANARY}@host" + "y" * 100, 90)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "./mlruns",
+        "/data/mlruns",
+        "file:///data/mlruns",
+        "runs.db",
+        "sqlite://",
+        "sqlite:///:memory:",
+        "ftp://host",
+        "http://",
+        f"http://user:{CANARY}@host:5000",
+    ],
+)
+def test_store_that_cannot_work_is_refused_in_one_line(uri: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        absolute_uri(uri)
+    assert "must be" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert CANARY not in str(caught.value)
+
+
+def test_relative_sqlite_path_becomes_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert absolute_uri("sqlite:///a/b.db?timeout=9") == f"sqlite:///{tmp_path}/a/b.db?timeout=9"
+    assert absolute_uri("sqlite:////x/b.db") == "sqlite:////x/b.db"
+    assert absolute_uri(None) == f"sqlite:///{tmp_path}/mlflow.db"
+
+
+def test_environment_uri_that_has_no_effect_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere:5000")
+    absolute_uri(None)
+    assert "--tracking-uri" in caplog.text
+
+
+def test_off_records_nothing(tmp_path: Path) -> None:
+    with start_tracker("off", experiment="lab", spool=tmp_path / "spool") as tracker:
+        tracker.log_metrics({"loss": 1.0})
+    assert isinstance(tracker, NoTracker)
+    assert tracker.run_id is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_spool_of_a_healthy_run_stays_small(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking_spool, "COMPACT_BYTES", 10)
+    with start_tracker(uri, experiment="lab", spool=tmp_path / "spool") as tracker:
+        tracker.log_metrics({"loss": 2.0}, step=0)
+        (events,) = (tmp_path / "spool").glob("*/events.jsonl")
+        assert tracker.wait_for_run_id(60)
+        for _ in range(600):
+            if events.stat().st_size == 0:
+                break
+            time.sleep(0.05)
+        assert events.stat().st_size == 0
+        tracker.log_metrics({"loss": 1.0}, step=1)
+    assert tracker.close().delivered == 3
+    assert metric_steps(uri, only_run(uri).info.run_id, "loss") == [(0, 2.0), (1, 1.0)]
+
+
+class Unreadable:
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+def test_values_that_cannot_be_read_cost_only_their_event(
+    uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with start_tracker(uri, experiment="lab", spool=tmp_path / "spool") as tracker:
+        tracker.log_params({"a": Unreadable()})
+        tracker.log_metrics(None)  # type: ignore[arg-type]
+        tracker.log_file(tmp_path / "missing.bin")
+        tracker.log_metrics({"good": 1})
+    assert tracker.close().lost == 3
+    assert len(caplog.messages) == 2, "one warning a minute, and the last word"
+    assert only_run(uri).data.metrics == {"good": 1.0}
+
+
+def test_full_queue_costs_events_and_says_so(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking_outbox, "QUEUE_EVENTS", 0)
+    tracker = start_tracker(uri, experiment="lab", spool=tmp_path / "spool")
+    tracker.log_metrics({"loss": 1.0})
+    delivery = tracker.close()
+    assert delivery.lost == 2
+    assert str(delivery).endswith("2 events lost")
+
+
+def test_spool_that_cannot_be_made_moves_to_a_temporary_folder(
+    uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    with start_tracker(uri, experiment="lab", spool=tmp_path / "file" / "spool") as tracker:
+        tracker.log_metrics({"loss": 1})
+    assert "cannot spool to" in caplog.text
+    assert only_run(uri).data.metrics == {"loss": 1.0}
+
+
+WORKER = """
+import sys
+import time
+from pathlib import Path
+from pipeline.tracking import start_tracker
+uri, spool, name = sys.argv[1:4]
+tracker = start_tracker(uri, experiment="lab", spool=Path(spool), run_name=name)
+tracker.wait_for_run_id(120)
+for step in range(50):
+    tracker.log_metrics({"loss": step}, step=step)
+sys.exit(tracker.close(timeout_s=60).spooled)
+"""
+
+
+def start_worker(*args: str) -> "subprocess.Popen[str]":
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        [sys.executable, "-c", WORKER, *args], cwd=ROOT, stdout=pipe, stderr=pipe, text=True
+    )
+
+
+@pytest.mark.slow
+def test_four_processes_share_a_database_that_nobody_made_yet(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/new/mlflow.db"
+    workers = [start_worker(uri, str(tmp_path / "spool"), f"w{i}") for i in range(4)]
+    told = [worker.communicate(timeout=150) for worker in workers]
+    assert [worker.returncode for worker in workers] == [0] * 4, told
+    assert told == [("", "")] * 4, "MLflow's own chatter must not reach the job's output"
+    client = MlflowClient(tracking_uri=uri)
+    found = client.get_experiment_by_name("lab")
+    assert found is not None
+    runs = client.search_runs([found.experiment_id])
+    assert sorted(run.info.run_name for run in runs) == ["w0", "w1", "w2", "w3"]
+    for run in runs:
+        expected = [(step, float(step)) for step in range(50)]
+        assert metric_steps(uri, run.info.run_id, "loss") == expected
