@@ -45,7 +45,9 @@ def run_job(job: type[Job], call: Callable[[Job], int | None], description: str 
         _tell(f"{type(fault).__name__}: {without_secrets(str(fault))}", debug)
     except (KeyboardInterrupt, Interrupted) as stop:
         code = 143 if isinstance(stop, Interrupted) else 130
-        _tell("Interrupted: what is finished is kept. Run the same command with --resume.", debug)
+        resumes = "resume" in job.model_fields
+        kept = ": what is finished is kept, --resume goes on with it" if resumes else ""
+        _tell(f"Interrupted{kept}", debug)
     except Exception as fault:
         # The last door: whatever is unforeseen still ends as one line and code 1.
         code = 1

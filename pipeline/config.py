@@ -110,7 +110,8 @@ class TrackedSettings(Settings):
     """Where a job's run is recorded."""
 
     tracking_uri: str | None = None
-    """MLflow server or database; None is sqlite in ./mlflow.db. 'off' records nothing."""
+    """MLflow server or database; None is $MLFLOW_TRACKING_URI, else sqlite in ./mlflow.db. 'off'
+    records nothing."""
 
     experiment: str = "patchseed"
     """MLflow experiment the run belongs to."""

@@ -173,7 +173,8 @@ def start_tracker(
     """A tracker for one run; MLflow is imported and reached in the background.
 
     Args:
-        uri: MLflow server or database; None is sqlite in ``./mlflow.db``, ``off`` records nothing.
+        uri: MLflow server or database; None is ``$MLFLOW_TRACKING_URI``, else sqlite in
+            ``./mlflow.db``; ``off`` records nothing.
         experiment: made where it does not exist.
         spool: folder on a local disk for what is not delivered; each run gets its own within it.
         run_name: None lets MLflow make one up.
@@ -203,15 +204,15 @@ def start_tracker(
 
 
 def absolute_uri(uri: str | None) -> str:
-    """The tracking URI with nothing relative in it; None is sqlite in ``./mlflow.db``.
+    """The tracking URI with nothing relative in it.
+
+    None is ``$MLFLOW_TRACKING_URI`` as everywhere in MLflow, else sqlite in ``./mlflow.db``.
 
     Raises:
         ConfigError: MLflow 3 has no such store, or a password stands in a server's address.
     """
     if uri is None:
-        if os.environ.get("MLFLOW_TRACKING_URI"):
-            _LOG.warning("MLFLOW_TRACKING_URI is set but not used: give --tracking-uri instead")
-        return f"sqlite:///{os.path.abspath('mlflow.db')}"
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     parts = urlsplit(uri)
     scheme = parts.scheme.partition("+")[0]
     if scheme not in _SERVERS + _DATABASES or "://" not in uri:

@@ -14,6 +14,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import takewhile
 from typing import Any, TypeVar
 
@@ -157,10 +158,13 @@ class Courier:
         return len(events)
 
     def set_aside(self, fault: Exception, *, patient: bool) -> bool:
-        """Take the next event out of the others' way, if the fault is its own; whether it was.
+        """Take the next event out of the others' way, if the fault is its own.
 
         A plain refusal is the event's own fault. Without ``patient`` so is any other while MLflow
         takes a tag: an artifact store without credentials must not hold up the metrics.
+
+        Returns:
+            False where MLflow itself is at fault, and the event has to wait.
         """
         if self.run_id is None:
             return False
@@ -172,6 +176,9 @@ class Courier:
                 self._client.set_tag(self.run_id, TROUBLE_TAG, told, synchronous=True)
             except Exception:  # MLflow takes nothing at all: the event is not to blame
                 return False
+            with suppress(Exception):  # MLflow may have come back only now: once more
+                self.deliver_next()
+                return True
         self._spool.set_aside(reason(fault))
         return True
 

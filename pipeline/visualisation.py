@@ -157,7 +157,7 @@ def similarity_panel(
     picture = _heat(picture, values_HW / high, values_HW > 0, _SIMILARITY_RAMP)
     picture = _mark(picture, pixels_HW3, Finding([], seed_xy), _WHITE)
     others = max(0, int((similarity_RC > 0).sum()) - 1)
-    title = f"Similarity to the seed: {others} others"
+    title = f"Similarity to the seed ({others} similar)"
     return Panel(picture, title, ramp=(_SIMILARITY_RAMP, "0", f"{high:.2f}"))
 
 

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Golden outputs, real photos and weights that lie beside the repository; users do not have them."""
+    """Golden outputs, real photos and weights beside the repository; users do not have them."""
     folder = Path(os.environ.get("PATCHSEED_SHARED", ROOT.parent / "shared"))
     if not (folder / "golden").is_dir():
         pytest.skip(

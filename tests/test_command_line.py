@@ -45,7 +45,8 @@ def test_flags_that_contradict_each_other_are_refused() -> None:
 def test_a_yaml_file_gives_values_and_later_flags_win(tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
     path.write_text(
-        "images: photos\noutput: labels\nresume: true\nlocalization: {rule: lost, num_candidates: 7}\n"
+        "images: photos\noutput: labels\nresume: true\n"
+        "localization: {rule: lost, num_candidates: 7}\n"
         "decode: {background: [1, 2, 3]}\ncompute: {wait: false}\n"
     )
     job = parse(LabelJob, ["--config", str(path), "--localization.num-candidates", "9"])
@@ -57,7 +58,7 @@ def test_a_yaml_file_gives_values_and_later_flags_win(tmp_path: Path) -> None:
 def test_a_broken_yaml_file_is_named(tmp_path: Path, content: str) -> None:
     path = tmp_path / "job.yaml"
     path.write_text(content)
-    with pytest.raises(ConfigError, match="--config .*job.yaml"):
+    with pytest.raises(ConfigError, match=r"--config .*job\.yaml"):
         parse(LabelJob, ["--config", str(path)])
 
 
@@ -97,10 +98,10 @@ def test_an_interrupt_ends_with_its_own_code_and_the_resume_hint(
 ) -> None:
     script = (
         "import os, time\n"
-        "from pipeline.command_line import run_job\nfrom pipeline.config import EvaluateJob\n"
+        "from pipeline.command_line import run_job\nfrom pipeline.config import LabelJob\n"
         f"def call(job): os.kill(os.getpid(), {signal_number}); time.sleep(5)\n"
-        "import sys; sys.argv = ['x', '--labels', 'a', '--ground-truth', 'b']\n"
-        "run_job(EvaluateJob, call, None)"
+        "import sys; sys.argv = ['x', '--images', 'a', '--output', 'b']\n"
+        "run_job(LabelJob, call, None)"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False

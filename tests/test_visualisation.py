@@ -37,8 +37,7 @@ def colours(picture: Image.Image) -> NDArray[np.int64]:
 
 def near(picture: Image.Image, colour: tuple[int, int, int]) -> NDArray[np.bool_]:
     """Where the picture has (almost) that colour."""
-    close: NDArray[np.bool_] = (abs(colours(picture) - colour) < 24).all(axis=-1)
-    return close
+    return np.asarray((abs(colours(picture) - colour) < 24).all(axis=-1))
 
 
 def extent(where: NDArray[np.bool_]) -> tuple[int, int, int, int]:
@@ -135,7 +134,7 @@ def test_patches_unlike_the_seed_stay_grey_and_the_seed_does_not_set_the_scale()
     assert (spread[1:] < 3).all()
     assert panel.ramp is not None
     assert panel.ramp[1:] == ("0", "0.25")
-    assert panel.title.endswith(" 1 others")
+    assert panel.title.endswith("(1 similar)")
 
 
 @pytest.mark.parametrize("similarity", [[[1.0]], [[0.0]], [[1.0, -1.0]]])
@@ -144,7 +143,7 @@ def test_maps_of_a_single_patch_or_of_nothing_similar_are_drawn(
 ) -> None:
     values = np.array(similarity)
     pixels = plain(16 * values.shape[1], 16)
-    assert similarity_panel(pixels, values, 16, seed_xy=None).title.endswith(" 0 others")
+    assert similarity_panel(pixels, values, 16, seed_xy=None).title.endswith("(0 similar)")
     degrees = np.zeros(values.shape, dtype=np.int64)
     assert degree_panel(pixels, degrees, 16, seed_xy=(8, 8)).picture.height > 0
 

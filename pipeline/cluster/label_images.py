@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 from rich.console import Console
@@ -28,8 +29,8 @@ from pipeline.labelling import Method, Provenance
 from pipeline.lease import Lease
 from pipeline.models.backbones import Weights, build_backbone, load_weights
 from pipeline.progress import ProgressReporter
-from pipeline.storage import Location
-from pipeline.tracking import Tracker, start_tracker
+from pipeline.storage import Location, without_secrets
+from pipeline.tracking import Tracker, absolute_uri, start_tracker
 
 # Metrics go to MLflow at this pace: a curve people can read, not a point per block.
 _METRIC_SECONDS = 10.0
@@ -60,14 +61,14 @@ def label_images(job: LabelJob) -> int:
             run.tidy()
             return _summarise(run.manifest(), output, job)
         with _tracker(run, job) as tracker:
-            tracker.log_params(flatten(job.model_dump(mode="json")))
+            tracker.log_params(flatten(_as_told(job)))
             tracker.set_tags({"job": "label_images", "run_id": run.run_id, "output": str(output)})
             speed = _label(run, sweep, job, weights, tracker, lease)
             lease.check()
             manifest = run.commit(
                 number,
                 weights_sha256=weights.sha256,
-                job=job.model_dump(mode="json"),
+                job=_as_told(job),
                 versions=_versions(),
                 tracking=_tracked_as(tracker, job),
             )
@@ -88,8 +89,8 @@ def _with_absolute_paths(job: LabelJob) -> LabelJob:
 def _freeze_inputs(run: LabelRun, sweep: LabelPass, job: LabelJob) -> bool:
     """Decide once what this sweep labels; False where there is nothing left to do."""
     if not run.is_finished:
-        collection = Collection(job.images)
         try:
+            collection = Collection(job.images)
             sweep.freeze_inputs(collection.chunks(), job.compute.block_size)
         except BaseException:
             run.abandon()
@@ -190,7 +191,17 @@ def _tracker(run: LabelRun, job: LabelJob) -> Tracker:
 
 def _tracked_as(tracker: Tracker, job: LabelJob) -> dict[str, str]:
     run_id = tracker.wait_for_run_id(timeout_s=5.0)
-    return {} if run_id is None else {"uri": job.tracking_uri or "", "run_id": run_id}
+    if run_id is None:
+        return {}
+    return {"uri": without_secrets(absolute_uri(job.tracking_uri)), "run_id": run_id}
+
+
+def _as_told(job: LabelJob) -> dict[str, Any]:
+    """The job's settings as manifest and MLflow show them: a database's password is not one."""
+    settings = job.model_dump(mode="json")
+    if job.tracking_uri is not None:
+        settings["tracking_uri"] = without_secrets(job.tracking_uri)
+    return settings
 
 
 def _log_results(tracker: Tracker, manifest: Manifest, output: Location, speed: float) -> None:

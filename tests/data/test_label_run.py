@@ -127,7 +127,7 @@ def test_a_damaged_block_is_thrown_away_and_told(
     label_all(sweep)
     place = sweep.folder.child("blocks").child("block-00000001.parquet")
     place.write_bytes(damage)
-    with pytest.raises(StorageError, match="was damaged .* --resume"):
+    with pytest.raises(StorageError, match=r"was damaged .* --resume"):
         finish(run)
     assert sweep.finished_blocks() == {0, 2}
     label_all(sweep)

@@ -107,9 +107,13 @@ def processes_below(process: "subprocess.Popen[str]") -> list[psutil.Process]:
 
 
 def kill(process: "subprocess.Popen[str]") -> None:
-    """SIGKILL the driver, and see to it that nothing it started outlives it."""
+    """SIGKILL the driver, and see to it that nothing which could still write outlives it."""
     below = processes_below(process)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    # Ray's agents, which do no work of ours, notice late that their node is gone.
+    agents = [one for one in below if one.is_running() and "Agent" in one.name()]
+    for agent in agents:
+        agent.kill()
     _, alive = psutil.wait_procs(below, timeout=30)
     assert not alive, f"outlived the driver: {alive}"

@@ -22,7 +22,11 @@ from tests.jobs.conftest import (
 
 pytestmark = pytest.mark.ray
 
-SMALL_BLOCKS = ("--compute.block-size", "2", "--progress-seconds", "0.2")
+# One actor, because what costs time here is starting processes.
+SMALL_BLOCKS = (
+    *("--compute.block-size", "2", "--compute.num-actors", "1"),
+    *("--progress-seconds", "0.2"),
+)
 
 
 def table_of(output: str | Path) -> pa.Table:
