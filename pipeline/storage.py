@@ -269,7 +269,7 @@ def _flush_to_disk(path: str) -> None:
         os.close(descriptor)
 
 
-def one_line(fault: BaseException, limit: int = 300) -> str:
+def one_line(fault: BaseException | str, limit: int = 300) -> str:
     """An exception's message on one line, shortened."""
     text = " ".join(str(fault).split()) or type(fault).__name__
     return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -14,8 +14,16 @@ import pyarrow as pa
 from pipeline.config import ImagesConfig
 from pipeline.data.label_run import LabelPass
 from pipeline.data.pixels import load_pixels
+from pipeline.errors import StorageError
 
-RECEIPT = pa.schema([("block", pa.int64()), ("rows", pa.int64()), ("outcomes", pa.string())])
+RECEIPT = pa.schema(
+    [
+        ("block", pa.int64()),
+        ("rows", pa.int64()),
+        ("outcomes", pa.string()),
+        ("fault", pa.string()),
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -47,24 +55,37 @@ class LoadBlock:
 
 
 class CommitBlock:
-    """Task: a block's rows -> Parquet; the receipt is all that goes on."""
+    """Task: a block's rows -> Parquet; the receipt is all that goes on.
+
+    A fault of the storage travels as a receipt: an exception would reach the driver as a text.
+    """
 
     def __init__(self, sweep: LabelPass) -> None:
         self.sweep = sweep
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         number = rows["block"][0].as_py()
-        self.sweep.commit_block(number, rows.drop_columns("block"))
+        try:
+            self.sweep.commit_block(number, rows.drop_columns("block"))
+        except StorageError as fault:
+            lost = {"block": [number], "rows": [0], "outcomes": ["{}"], "fault": [str(fault)]}
+            return pa.table(lost, schema=RECEIPT)
         outcomes: dict[str, list[Any]] = {}
         for status, uri in zip(rows["status"].to_pylist(), rows["uri"].to_pylist(), strict=True):
             outcomes.setdefault(status, [0, uri])[0] += 1
-        receipt = {"block": [number], "rows": [rows.num_rows], "outcomes": [json.dumps(outcomes)]}
-        return pa.table(receipt, schema=RECEIPT)
+        told = {"block": [number], "rows": [rows.num_rows], "outcomes": [json.dumps(outcomes)]}
+        return pa.table({**told, "fault": [None]}, schema=RECEIPT)
 
 
 def receipts_of(batch: pa.Table) -> Iterator[Receipt]:
-    """The receipts in a table that ``CommitBlock`` returned."""
+    """The receipts in a table that ``CommitBlock`` returned.
+
+    Raises:
+        StorageError: a block could not be put on disk.
+    """
     for row in batch.to_pylist():
+        if row["fault"] is not None:
+            raise StorageError(f"{row['fault']}. Finished blocks are kept: go on with --resume")
         outcomes = json.loads(row["outcomes"])
         yield Receipt(
             block=row["block"],

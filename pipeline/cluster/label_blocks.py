@@ -18,7 +18,7 @@ from pipeline.cluster.block_tasks import CommitBlock, LoadBlock, Receipt, receip
 from pipeline.cluster.session import count, ray_session
 from pipeline.config import BackboneConfig, ComputeConfig, ImagesConfig
 from pipeline.data.label_run import LabelPass
-from pipeline.errors import ClusterError, PatchseedError
+from pipeline.errors import ClusterError
 from pipeline.labelling import Method, Provenance, PseudoBoxLabeller
 from pipeline.models.backbones import Weights, build_backbone
 from pipeline.storage import one_line
@@ -108,7 +108,7 @@ def label_blocks(plan: LabelPlan, blocks: list[int], *, debug: bool = False) -> 
 
     Raises:
         ClusterError: there is no Ray to work on, or the work died inside it. Finished blocks stay.
-        PatchseedError: what a task raised for the user, e.g. a StorageError on a full disk.
+        StorageError: a block could not be put on disk.
     """
     with ray_session(debug=debug):
         _quieten(debug)
@@ -119,20 +119,12 @@ def label_blocks(plan: LabelPlan, blocks: list[int], *, debug: bool = False) -> 
             ):
                 yield from receipts_of(batch)
         except ray.exceptions.RayError as fault:
-            raise _what_went_wrong(fault) from fault
-
-
-def _what_went_wrong(fault: BaseException) -> PatchseedError:
-    """The fault a task raised for the user, dug out of Ray's wrappings; else a ClusterError."""
-    link: BaseException | None = fault
-    while link is not None and not isinstance(link, PatchseedError):
-        link = getattr(link, "cause", None) or link.__cause__
-    if link is not None:
-        return type(link)(f"{link}. Finished blocks are kept: run again with --resume")
-    return ClusterError(
-        f"the labelling work died: {one_line(fault)}. Finished blocks are kept: run again with "
-        "--resume (--debug shows more)"
-    )
+            # Ray's text is a traceback whose last line says what happened.
+            reason = one_line(str(fault).strip().rpartition("\n")[2])
+            raise ClusterError(
+                f"the labelling work died ({reason}). Finished blocks are kept: go on with "
+                "--resume; --debug shows more"
+            ) from fault
 
 
 def _dataset(plan: LabelPlan, blocks: list[int], placement: Placement) -> "ray.data.Dataset":
@@ -173,7 +165,7 @@ def _quieten(debug: bool) -> None:
     context = ray.data.DataContext.get_current()
     if not debug:
         # After the line above, which imports ray.data, which sets its own levels.
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context.enable_progress_bars = debug
     context.print_on_execution_start = debug
     # A block is a unit of work here and must come out of each stage in one piece.

@@ -1,0 +1,108 @@
+"""The labelling job away from this machine's disk and shell: object stores, the Jobs API."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.data.pseudo_labels import read_manifest
+from pipeline.storage import Location
+from tests.conftest import ROOT
+from tests.jobs.conftest import LabelJobs, write_photos
+
+pytestmark = pytest.mark.ray
+
+HEAD = """
+import sys, ray
+context = ray.init(address="local", include_dashboard=True, dashboard_port=0, num_cpus=2)
+print(context.dashboard_url, flush=True)
+sys.stdin.read()
+ray.shutdown()
+"""
+
+
+@pytest.fixture
+def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of a real Ray head of this machine, behind a token as ray_cluster.yaml has it."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "a-token-of-this-test-and-no-other")
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    process = subprocess.Popen(
+        [sys.executable, "-c", HEAD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdin is not None
+    address = f"http://{process.stdout.readline().strip()}"
+    yield address
+    process.stdin.close()
+    process.wait(timeout=60)
+
+
+def test_the_jobs_api_runs_the_job_to_success(
+    head: str, label_jobs: LabelJobs, tmp_path: Path
+) -> None:
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    write_photos(tmp_path / "photos", 6)
+    command = label_jobs.command(tmp_path / "photos", tmp_path / "labels")
+    client = JobSubmissionClient(head)
+    job = client.submit_job(
+        entrypoint=" ".join(["python", *command[1:]]), runtime_env={"working_dir": str(ROOT)}
+    )
+    deadline = time.monotonic() + 240
+    while not client.get_job_status(job).is_terminal():
+        assert time.monotonic() < deadline, client.get_job_logs(job)
+        time.sleep(0.5)
+    assert client.get_job_status(job) == JobStatus.SUCCEEDED, client.get_job_logs(job)
+    assert read_manifest(Location.parse(str(tmp_path / "labels"))).counts == {"ok": 6}
+    assert "6 rows in" in client.get_job_logs(job)
+
+
+def test_the_jobs_api_is_closed_to_those_without_the_token(head: str) -> None:
+    request = urllib.request.Request(f"{head}/api/jobs/")
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=10)
+    assert refused.value.code == 401
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """An S3 server with a bucket ``lake``; its address is in the environment."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "canary-id")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary-secret")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    urllib.request.urlopen(
+        urllib.request.Request(f"http://{host}:{port}/lake", method="PUT"), timeout=10
+    )
+    yield "s3://lake"
+    server.stop()
+
+
+def test_images_and_table_may_both_lie_in_an_object_store(
+    bucket: str, label_jobs: LabelJobs, tmp_path: Path
+) -> None:
+    write_photos(tmp_path / "photos", 5)
+    for path in (tmp_path / "photos").rglob("*.png"):
+        name = path.relative_to(tmp_path).as_posix()
+        Location.parse(f"{bucket}/{name}").write_bytes(path.read_bytes())
+    Location.parse(f"{bucket}/photos/broken.jpg").write_bytes(b"no picture")
+    output = f"{bucket}/labels"
+    done = label_jobs.run(f"{bucket}/photos", output, "--max-bad-fraction", "0.2")
+    assert done.returncode == 0, done.stderr
+    assert read_manifest(Location.parse(output)).counts == {"error_decode": 1, "ok": 5}
+    again = label_jobs.run(f"{bucket}/photos", output, "--resume", "--max-bad-fraction", "0.2")
+    assert "nothing is left to do" in again.stdout
+    told = done.stdout + done.stderr + json.dumps(read_manifest(Location.parse(output)).job)
+    assert "canary-secret" not in told
