@@ -159,7 +159,7 @@ def main(settings: Settings) -> None:
         return PseudoBoxLabeller(network, method, Provenance("benchmark", "", ""))
 
     ours, half = labeller("fp32"), labeller("bf16")
-    batches = [[images[row] for row in rows] for rows in ours._batches(images)]
+    batches = [[images[row] for row in rows] for rows in ours.batches(images)]
     mean, std = NORMALIZATIONS[settings.normalize]
     tensors = [normalize_and_pad(batch, multiple=16, mean=mean, std=std) for batch in batches]
     kept: list[PatchFeatures] = []

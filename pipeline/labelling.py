@@ -94,13 +94,13 @@ class PseudoBoxLabeller:
         images = [pixels_of_row(decoded, row) for row in range(decoded.num_rows)]
         sizes_N2 = np.column_stack([decoded["width"].to_numpy(), decoded["height"].to_numpy()])
         outcomes: list[Outcome] = decoded.select(["status", "error"]).to_pylist()
-        for rows in self._batches(images):
+        for rows in self.batches(images):
             batch = [image for row in rows if (image := images[row]) is not None]
             for row, outcome in zip(rows, self._label(batch, sizes_N2[rows]), strict=True):
                 outcomes[row] = outcome
         return self._table(decoded, outcomes)
 
-    def _batches(self, images: Sequence[Image | None]) -> Iterator[list[int]]:
+    def batches(self, images: Sequence[Image | None]) -> Iterator[list[int]]:
         """Row numbers that share a padded grid, in groups of at most ``batch_size``."""
         rows_by_grid: dict[tuple[int, int], list[int]] = defaultdict(list)
         for row, image in enumerate(images):

@@ -70,17 +70,21 @@ class ProgressReporter:
 
     @property
     def items_per_second(self) -> float:
-        """Speed since the first items came out (start-up is not speed); 0 while unknown."""
-        now = time.monotonic()
-        if self._first_seen is not None and now - self._first_seen > 1.0:
-            return (self.done - self._already - self._first_rows) / (now - self._first_seen)
-        return (self.done - self._already) / max(now - self._started, 1e-9)
+        """Speed since the first items came out, as start-up is not speed; until more follow, the
+        speed since the start.
+        """
+        now, done = time.monotonic(), self.done - self._already
+        if self._first_seen is not None and done > self._first_rows:
+            return (done - self._first_rows) / max(now - self._first_seen, 1e-9)
+        return done / max(now - self._started, 1e-9)
 
     def _note(self) -> str:
         speed = self.items_per_second
         left = duration((self.total - self.done) / speed) if speed > 0 else "?"
+        took = duration(time.monotonic() - self._started)
+        when = f"eta {left}" if self.done < self.total else f"in {took}"
         outcomes = " ".join(f"{name}={count}" for name, count in sorted(self.counts.items()))
-        return f"{speed:,.1f} img/s eta {left} {outcomes}".rstrip()
+        return f"{speed:,.1f} img/s {when} {outcomes}".rstrip()
 
     def _print(self) -> None:
         self._told = time.monotonic()

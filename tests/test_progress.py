@@ -35,3 +35,15 @@ def test_what_an_earlier_run_did_counts_for_the_share_and_not_for_the_speed() ->
 )
 def test_durations_read_like_a_clock(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_a_job_of_one_piece_still_has_a_speed_and_says_how_long_it_took(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with ProgressReporter("label", 60, seconds=3600) as progress:
+        progress.advance(60, {"bad": 0})
+        assert progress.items_per_second > 0
+    line = capsys.readouterr().out
+    assert line.startswith("label 60/60 (100.0 %) ")
+    assert " in 0s bad=0" in line
+    assert "eta" not in line
