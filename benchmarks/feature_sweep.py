@@ -1,6 +1,6 @@
 """Which block and which of query, key and value suit a ViT: CorLoc of LOST and SoLOST for each.
 
-    python benchmarks/feature_sweep.py --images PHOTOS --ground-truth COCO.json \
+    python -m benchmarks.feature_sweep --images PHOTOS --ground-truth COCO.json \
         --name vit_tiny_patch16_224 --checkpoint VIT.safetensors --normalize half
 
 DINO wants the keys of its last block. A network trained on labels does not, and this finds what it

@@ -1,6 +1,6 @@
 """How fast the labeller is, as ratios measured in one run on the same images and threads.
 
-    python benchmarks/labelling.py --images PHOTOS --checkpoint VIT.safetensors
+    python -m benchmarks.labelling --images PHOTOS --checkpoint VIT.safetensors
 
 (a) an image-by-image loop as the published code works: batch 1, fp32, the whole forward pass with
     the last attention, post-processing per image with a Python loop over the patches
@@ -31,7 +31,7 @@ from benchmarks.timing import best_seconds, print_table, write_json
 from pipeline.boxes import aligned_iou
 from pipeline.cluster.label_blocks import LabelPlan, label_blocks
 from pipeline.config import BackboneConfig, ComputeConfig, ImagesConfig
-from pipeline.data.label_run import LabelPass
+from pipeline.data.label_pass import LabelPass
 from pipeline.data.lake import INPUT_SCHEMA, Collection
 from pipeline.data.pixels import load_pixels, pixels_of_row
 from pipeline.labelling import Method, Provenance, PseudoBoxLabeller

@@ -1,6 +1,6 @@
 """Peak memory of the labelling job's driver and actors, over a collection and over ten times it.
 
-    python benchmarks/memory.py --images PHOTOS --name vit_tiny_patch16_224 --checkpoint FILE
+    python -m benchmarks.memory --images PHOTOS --name vit_tiny_patch16_224 --checkpoint FILE
 
 Flat means: the ratio is near 1 although the collection grew by 10. Resident memory is read from the
 operating system twice a second. Shared memory is left out: it is Ray's object store, whose size is

@@ -138,7 +138,8 @@ class PseudoBoxLabeller:
         pixels_B3HW = normalize_and_pad(
             images, multiple=self.backbone.patch_size, mean=mean, std=std
         )
-        with self._autocast():
+        # On a GPU convolutions would silently round to TF32: noise of 1e-3 moves one box in forty.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), self._autocast():
             features: PatchFeatures = self.backbone(pixels_B3HW.to(self.device))
         return features
 

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.config import ImagesConfig
-from pipeline.data.label_run import LabelPass
+from pipeline.data.label_pass import LabelPass
 from pipeline.data.pixels import load_pixels
 from pipeline.errors import StorageError
 

@@ -17,7 +17,7 @@ import torch
 from pipeline.cluster.block_tasks import CommitBlock, LoadBlock, Receipt, receipts_of
 from pipeline.cluster.session import count, ray_session
 from pipeline.config import BackboneConfig, ComputeConfig, ImagesConfig
-from pipeline.data.label_run import LabelPass
+from pipeline.data.label_pass import LabelPass
 from pipeline.errors import ClusterError
 from pipeline.labelling import Method, Provenance, PseudoBoxLabeller
 from pipeline.models.backbones import Weights, build_backbone

@@ -20,7 +20,8 @@ from rich.table import Table
 from pipeline.cluster.block_tasks import Receipt
 from pipeline.cluster.label_blocks import LabelPlan, label_blocks
 from pipeline.config import LabelJob, flatten
-from pipeline.data.label_run import LabelPass, LabelRun, open_run
+from pipeline.data.label_pass import LabelPass
+from pipeline.data.label_run import LabelRun, open_run
 from pipeline.data.lake import Collection, Listing
 from pipeline.data.pseudo_labels import Manifest, config_hash, iterate_labels
 from pipeline.errors import TooManyBadImages
@@ -92,6 +93,7 @@ def _freeze_inputs(run: LabelRun, sweep: LabelPass, job: LabelJob) -> bool:
         try:
             collection = Collection(job.images)
             sweep.freeze_inputs(collection.chunks(), job.compute.block_size)
+            sweep.note_listing(collection.report.model_dump(mode="json"))
         except BaseException:
             run.abandon()
             raise

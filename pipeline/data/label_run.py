@@ -1,8 +1,9 @@
 """Exactly-once labelling: which images are still to do, and how finished blocks become the table.
 
 A run cuts its frozen list of inputs into numbered blocks. A block's rows are written whole, under
-the X is therefore a listing of names, and a resumed run repeats the very batches an uninterrupted
-one would have had, so its boxes are the same bit for bit. Layout:
+the block's number: done twice is the same file once, killed half-way is no file at all. What is
+left to do is therefore a listing of names, and a resumed run repeats the very batches an
+uninterrupted one would have had, so its boxes are the same bit for bit. Layout:
 
     OUTPUT/_MANIFEST.json                        the commit point, written last
     OUTPUT/labels-<run>-<pass>-00000.parquet     the finished table
@@ -24,11 +25,12 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from pipeline.data.label_pass import LabelPass
 from pipeline.data.lake import INPUT_SCHEMA
 from pipeline.data.pseudo_labels import (
     MANIFEST_NAME,
+    SCHEMA,
     Manifest,
     TableFile,
     config_hash,
@@ -39,91 +41,12 @@ from pipeline.data.pseudo_labels import (
     write_manifest,
 )
 from pipeline.errors import ConfigError, StorageError
-from pipeline.storage import Location, one_line
+from pipeline.storage import Location
 
 ROWS_PER_FILE = 200_000
 
 # What may lie in an output beside the table: the lease, the run's blocks, undelivered tracking.
 _OURS = ("_lease.json", "_run", "_tracking")
-
-
-@dataclass(frozen=True)
-class LabelPass:
-    """One sweep over a list of inputs; cheap and picklable, so that tasks can hold it."""
-
-    folder: Location
-    config: dict[str, Any]
-
-    @property
-    def _inputs(self) -> Location:
-        return self.folder.child("inputs.parquet")
-
-    def _block(self, index: int) -> Location:
-        return self.folder.child("blocks").child(f"block-{index:08d}.parquet")
-
-    @property
-    def is_listed(self) -> bool:
-        """Whether the list of inputs is complete and frozen."""
-        return self._inputs.kind() == "file"
-
-    def freeze_inputs(self, chunks: Iterator[pa.Table], block_size: int) -> None:
-        """Write down what is to be labelled, cut into blocks of ``block_size`` images."""
-        with self._inputs.publishing() as stream, pq.ParquetWriter(stream, INPUT_SCHEMA) as writer:
-            waiting = INPUT_SCHEMA.empty_table()
-            for chunk in chunks:
-                waiting = pa.concat_tables([waiting, chunk.select(INPUT_SCHEMA.names)])
-                whole = waiting.num_rows // block_size * block_size
-                if whole:
-                    writer.write_table(waiting.slice(0, whole), row_group_size=block_size)
-                waiting = waiting.slice(whole).combine_chunks()
-            if waiting.num_rows:
-                writer.write_table(waiting, row_group_size=block_size)
-
-    def sizes(self) -> list[int]:
-        """The number of images in each block."""
-        with self._inputs.open() as stream:
-            footer = pq.ParquetFile(stream).metadata
-            return [footer.row_group(block).num_rows for block in range(footer.num_row_groups)]
-
-    def inputs_of(self, block: int) -> pa.Table:
-        """``image_id`` and ``uri`` of the block's images."""
-        with self._inputs.open() as stream:
-            return pq.ParquetFile(stream).read_row_group(block)
-
-    def finished_blocks(self) -> set[int]:
-        """The blocks whose rows are on disk."""
-        names = [place.name for place in self.folder.child("blocks").files()]
-        return {int(name.removeprefix("block-").removesuffix(".parquet")) for name in names}
-
-    def commit_block(self, block: int, rows: pa.Table) -> None:
-        """Put a finished block on disk; a second time changes nothing a reader could tell."""
-        self._block(block).write_bytes(encode_table(rows, self.config))
-
-    def rows_of(self, block: int, inputs: pa.Table) -> pa.Table:
-        """A finished block's rows, proved to be exactly its inputs.
-
-        Raises:
-            StorageError: it is damaged or belongs to other inputs; it has been thrown away.
-        """
-        place = self._block(block)
-        try:
-            rows = pq.read_table(pa.BufferReader(place.read_bytes()))
-            if rows["image_id"].to_pylist() == inputs["image_id"].to_pylist():
-                return rows
-            reason = "its rows are not those of its inputs"
-        except (OSError, pa.ArrowInvalid) as fault:
-            reason = one_line(fault)
-        place.delete()
-        raise StorageError(
-            f"{place} was damaged ({reason}) and is deleted: run again with --resume"
-        )
-
-    def all_rows(self) -> Iterator[pa.Table]:
-        """The rows of every block, in order."""
-        with self._inputs.open() as stream:
-            file = pq.ParquetFile(stream)
-            for block in range(file.num_row_groups):
-                yield self.rows_of(block, file.read_row_group(block))
 
 
 @dataclass(frozen=True)
@@ -191,6 +114,7 @@ class LabelRun:
             config_hash=config_hash(self.config),
             weights_sha256=weights_sha256,
             passes=number + 1,
+            collection=self._collection(number),
             job=job,
             versions=versions,
             tracking=tracking,
@@ -199,11 +123,17 @@ class LabelRun:
         self.tidy()
         return manifest
 
+    def _collection(self, number: int) -> dict[str, Any]:
+        listing = self.open_pass(number).listing()
+        if listing is not None:
+            return listing
+        return self.manifest().collection if self.is_finished else {}
+
     def tidy(self) -> None:
         """Delete what the committed table does not need: blocks, and files of earlier manifests."""
         listed = {file.name for file in read_manifest(self.output).files}
         for place in self.output.files():
-            if _is_table_file(place) and place.name not in listed:
+            if _is_table_file(place.name) and place.name not in listed:
                 place.delete()
         self._folder.delete()
 
@@ -228,8 +158,16 @@ class LabelRun:
         again = pa.concat_tables(list(newest))
         for table in iterate_labels(self.output):
             superseded = pc.is_in(table["image_id"], value_set=again["image_id"].combine_chunks())
-            yield table.filter(pc.invert(superseded)).cast(again.schema)
+            yield _with_all_columns(table.filter(pc.invert(superseded)))
         yield again
+
+
+def _with_all_columns(table: pa.Table) -> pa.Table:
+    """The rows of a table that may be older than a column of ``SCHEMA``; what it lacks is null."""
+    missing = pa.schema([field for field in SCHEMA if field.name not in table.column_names])
+    for field in missing:
+        table = table.append_column(field, pa.nulls(table.num_rows, field.type))
+    return table.select(SCHEMA.names).cast(SCHEMA)
 
 
 def _in_files(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
@@ -254,13 +192,13 @@ def open_run(
         ConfigError: the run there was made with another configuration.
     """
     place = output.child("_run").child("run.json")
-    if place.kind() == "file":
-        if resume:
-            return _resume(output, json.loads(place.read_bytes()), config)
-        if not overwrite:
-            raise StorageError(_taken(output))
-        _delete_run(output)
-    _refuse_strangers(output)
+    is_ours = place.kind() == "file"
+    if is_ours and resume:
+        return _resume(output, json.loads(place.read_bytes()), config)
+    if is_ours and not overwrite:
+        raise StorageError(_taken(output))
+    _refuse_strangers(output, is_ours)
+    _delete_run(output)
     run_id = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:6]
     place.write_bytes(json.dumps({"run_id": run_id, "config": config}, indent=2).encode())
     return LabelRun(output, run_id, config)
@@ -295,17 +233,22 @@ def _delete_run(output: Location) -> None:
     """Remove what an earlier run wrote and no more; the manifest first, so no reader is misled."""
     output.child(MANIFEST_NAME).delete()
     for place in output.files():
-        if _is_table_file(place):
+        if _is_table_file(place.name):
             place.delete()
     output.child("_run").delete()
 
 
-def _is_table_file(place: Location) -> bool:
-    return place.name.startswith("labels-") and place.name.endswith(".parquet")
+def _is_table_file(name: str) -> bool:
+    return name.startswith("labels-") and name.endswith(".parquet")
 
 
-def _refuse_strangers(output: Location) -> None:
-    strangers = [name for name in output.names() if name not in _OURS]
+def _refuse_strangers(output: Location, is_ours: bool) -> None:
+    """Nothing is touched in a folder that holds anything else; a table only beside its run."""
+    strangers = [
+        name
+        for name in output.names()
+        if name not in _OURS and not (is_ours and (name == MANIFEST_NAME or _is_table_file(name)))
+    ]
     if strangers:
         raise StorageError(
             f"{output} holds {len(strangers)} entries that are not of a labelling run, e.g. "

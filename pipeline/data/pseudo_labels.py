@@ -93,6 +93,7 @@ class Manifest(BaseModel):
     config_hash: str
     weights_sha256: str
     passes: int = 1
+    collection: dict[str, Any] = {}
     job: dict[str, Any] = {}
     versions: dict[str, str] = {}
     tracking: dict[str, str] = {}
