@@ -1,6 +1,12 @@
-"""What every test may ask for."""
+"""What every test may ask for.
+
+Heavy libraries are imported where they are used: every test run loads this file.
+"""
 
 import os
+import shutil
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,3 +29,61 @@ def shared() -> Path:
 def vit_tiny_weights(shared: Path) -> Path:
     """Real (supervised) ViT-Ti/16 weights."""
     return shared / "weights" / "vit_tiny_patch16_224_in1k_supervised.safetensors"
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ViT-Ti/16 as it is before any training, in timm's names."""
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = timm.create_model("vit_tiny_patch16_224", num_classes=0)
+    path = tmp_path_factory.mktemp("weights") / "vit_tiny.safetensors"
+    save_file(network.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def s3_bucket() -> Iterator[str]:
+    """An empty bucket of an S3 server in this process, whose address is in the environment."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    endpoint = "http://{}:{}".format(*server.get_host_and_port())
+    creation = urllib.request.Request(f"{endpoint}/lake", method="PUT")
+    urllib.request.urlopen(creation, timeout=10).close()
+    with pytest.MonkeyPatch.context() as patch:
+        point_s3_at(endpoint, patch)
+        yield "s3://lake"
+    server.stop()
+
+
+def point_s3_at(endpoint: str, patch: pytest.MonkeyPatch) -> None:
+    """Have S3 clients speak to a server of this machine, with keys that open nothing."""
+    patch.setenv("AWS_ENDPOINT_URL", endpoint)
+    patch.setenv("AWS_ACCESS_KEY_ID", "canary-id")
+    # A test looks for this in what a job tells.
+    patch.setenv("AWS_SECRET_ACCESS_KEY", "canary-secret")
+    patch.setenv("AWS_REGION", "us-east-1")
+
+
+@pytest.fixture(scope="session")
+def empty_mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with MLflow's tables, made by a tracker; copying it saves each test 1.5 s."""
+    from pipeline.tracking import start_tracker
+
+    folder = tmp_path_factory.mktemp("mlflow")
+    uri = f"sqlite:///{folder}/mlflow.db"
+    start_tracker(uri, experiment="first", spool=folder / "spool").close()
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def mlflow_uri(empty_mlflow_database: Path, tmp_path: Path) -> str:
+    """An MLflow store of the test's own, in ``tmp_path``."""
+    shutil.copy(empty_mlflow_database, tmp_path / "mlflow.db")
+    return f"sqlite:///{tmp_path}/mlflow.db"

@@ -85,7 +85,7 @@ def test_help_needs_neither_torch_nor_ray() -> None:
     assert done.stdout.strip().endswith("0 set()")
 
 
-def test_a_missing_collection_is_one_line_and_exit_code_4_or_3(tmp_path: Path) -> None:
+def test_missing_weights_are_one_line_and_exit_code_4(tmp_path: Path) -> None:
     done = run("--images", "photos", "--output", str(tmp_path), "--backbone.checkpoint", "gone.pth")
     assert done.returncode == 4
     assert done.stderr.startswith("WeightsError: ")

@@ -1,9 +1,7 @@
 """Tables -> files: which images, under which names, with which weights, and what is told."""
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -12,21 +10,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import timm
-import torch
 from PIL import Image
 from safetensors.torch import save_file
 
 from pipeline.config import BackboneConfig, DrawJob, LabelJob
 from pipeline.data.pixels import load_pixels, pixels_of_row
-from pipeline.data.pseudo_labels import (
-    Manifest,
-    config_hash,
-    describe_file,
-    encode_table,
-    read_labels,
-    read_manifest,
-    write_manifest,
-)
+from pipeline.data.pseudo_labels import config_hash, read_labels, read_manifest
 from pipeline.errors import ConfigError, DataError, StorageError, WeightsError
 from pipeline.gallery import SHEET_NAME, draw_gallery, safe_name, sheet_of_boxes
 from pipeline.gallery_maps import load_map_drawer
@@ -34,6 +23,7 @@ from pipeline.labelling import Method, Provenance, PseudoBoxLabeller
 from pipeline.models.backbones import build_backbone, load_weights
 from pipeline.storage import Location
 from pipeline.visualisation import METHOD_COLOURS, THUMBNAIL
+from tests.tables import Row, write_table
 
 NAME = "vit_tiny_patch16_224"
 LARGEST_SIDE = 80
@@ -41,27 +31,16 @@ LARGEST_SIDE = 80
 MakeTable = Callable[..., Path]
 
 
-@pytest.fixture(scope="module")
-def weights_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny ViT as it is before any training."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = timm.create_model(NAME, num_classes=0)
-    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    save_file(network.state_dict(), path)
-    return path
-
-
 @pytest.fixture
-def make_table(tmp_path: Path, weights_file: Path) -> MakeTable:
+def make_table(tmp_path: Path, tiny_weights: Path) -> MakeTable:
     """A finished table of images of dark noise, labelled by the real labeller."""
 
     def make(
         names: Sequence[str] = ("a.png", "b.png", "c.png"),
         *,
-        checkpoint: str = str(weights_file),
+        checkpoint: str = str(tiny_weights),
         tracking: dict[str, str] | None = None,
-        changes: dict[str, dict[str, Any]] | None = None,
+        changes: dict[str, Row] | None = None,
     ) -> Path:
         folder = tmp_path / "photos"
         folder.mkdir(exist_ok=True)
@@ -73,16 +52,25 @@ def make_table(tmp_path: Path, weights_file: Path) -> MakeTable:
             output=str(tmp_path / "labels"),
             backbone=BackboneConfig(name=NAME, checkpoint=checkpoint, feature="value", block=2),
         )
-        rows, sha256 = label([str(folder / name) for name in names], weights_file)
-        write(Location.parse(job.output), changed(rows, changes or {}), job, sha256, tracking)
+        rows, sha256 = label([str(folder / name) for name in names], tiny_weights)
+        config = job.what_decides_the_boxes(sha256) | {"decode.max_side": LARGEST_SIDE}
+        write_table(
+            tmp_path / "labels",
+            changed(rows, changes or {}),
+            config=config,
+            config_hash=config_hash(config),
+            weights_sha256=sha256,
+            job=job.model_dump(mode="json"),
+            tracking=tracking or {},
+        )
         return tmp_path / "labels"
 
     return make
 
 
-def label(uris: Sequence[str], weights_file: Path) -> tuple[pa.Table, str]:
+def label(uris: Sequence[str], tiny_weights: Path) -> tuple[pa.Table, str]:
     """Rows of the label table, and the sha256 of the weights."""
-    weights = load_weights(NAME, str(weights_file))
+    weights = load_weights(NAME, str(tiny_weights))
     inputs = pa.table({"image_id": [f"id{n}" for n in range(len(uris))], "uri": list(uris)})
     pixels = load_pixels(
         inputs, min_side=16, max_side=LARGEST_SIDE, max_pixels=10**6, background=(0, 0, 0)
@@ -92,35 +80,13 @@ def label(uris: Sequence[str], weights_file: Path) -> tuple[pa.Table, str]:
     return labeller(pixels), weights.sha256
 
 
-def changed(rows: pa.Table, changes: dict[str, dict[str, Any]]) -> pa.Table:
+def changed(rows: pa.Table, changes: dict[str, Row]) -> list[Row]:
     """The rows with other values in those of some images."""
-    content = [row | changes.get(Path(row["uri"]).name, {}) for row in rows.to_pylist()]
-    return pa.Table.from_pylist(content, schema=rows.schema)
+    return [row | changes.get(Path(row["uri"]).name, {}) for row in rows.to_pylist()]
 
 
 def no_box(status: str) -> dict[str, Any]:
     return {"status": status, "boxes": [], "scores": [], "seed_xy": None}
-
-
-def write(
-    place: Location, rows: pa.Table, job: LabelJob, sha256: str, tracking: dict[str, str] | None
-) -> None:
-    config = job.what_decides_the_boxes(sha256) | {"decode.max_side": LARGEST_SIDE}
-    data = encode_table(rows, config)
-    place.child("labels-0.parquet").write_bytes(data)
-    manifest = Manifest(
-        run_id="r1",
-        created_at=datetime.now(UTC).isoformat(),
-        files=[describe_file("labels-0.parquet", rows.num_rows, data)],
-        rows=rows.num_rows,
-        counts=dict(Counter(rows["status"].to_pylist())),
-        config=config,
-        config_hash=config_hash(config),
-        weights_sha256=sha256,
-        job=job.model_dump(mode="json"),
-        tracking=tracking or {},
-    )
-    write_manifest(place, manifest)
 
 
 def draw(labels: Path, **settings: Any) -> list[str]:
@@ -205,16 +171,16 @@ def test_without_the_weights_boxes_are_drawn_and_one_line_warns(
 
 
 def test_weights_given_by_hand_take_the_place_of_those_that_moved(
-    make_table: MakeTable, weights_file: Path
+    make_table: MakeTable, tiny_weights: Path
 ) -> None:
     labels = make_table(checkpoint="/moved/away.safetensors")
-    draw(labels, checkpoint=str(weights_file))
+    draw(labels, checkpoint=str(tiny_weights))
     with Image.open(labels.parent / "out" / "0001-a.jpg") as picture:
         assert picture.width > 5 * 400
 
 
 def test_other_weights_given_by_hand_are_refused(
-    make_table: MakeTable, weights_file: Path, tmp_path: Path
+    make_table: MakeTable, tiny_weights: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "other.safetensors"
     state = timm.create_model(NAME, num_classes=0).state_dict()

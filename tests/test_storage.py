@@ -10,9 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
-import boto3  # type: ignore[import-untyped]
 import pytest
-from moto.server import ThreadedMotoServer
 
 from pipeline.errors import ConfigError, StorageError
 from pipeline.storage import Location, file_uri, one_line, split_uri, without_secrets
@@ -269,21 +267,9 @@ def test_one_of_eight_creates_a_file(tmp_path: Path, kind: str) -> None:
 # --- stores -------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[Location]:
-    """An empty bucket of an S3 server in this process."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    endpoint = "http://{}:{}".format(*server.get_host_and_port())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", endpoint)
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_REGION", "us-east-1")
-        client = boto3.client("s3", region_name="us-east-1", endpoint_url=endpoint)
-        client.create_bucket(Bucket="lake")
-        yield Location.parse("s3://lake")
-    server.stop()
+@pytest.fixture
+def bucket(s3_bucket: str) -> Location:
+    return Location.parse(s3_bucket)
 
 
 def test_object_is_written_read_and_deleted(bucket: Location) -> None:

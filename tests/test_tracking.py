@@ -16,24 +16,9 @@ from pipeline import tracking_outbox, tracking_spool
 from pipeline.errors import ConfigError
 from pipeline.tracking import NoTracker, absolute_uri, start_tracker
 from pipeline.tracking_courier import legal_key, legal_path, legal_text
+from tests.conftest import ROOT
 
 CANARY = "canary-5b1f"
-ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database with MLflow's tables, made by a tracker; copying it saves each test 1.5 s."""
-    folder = tmp_path_factory.mktemp("mlflow")
-    uri = f"sqlite:///{folder}/mlflow.db"
-    start_tracker(uri, experiment="first", spool=folder / "spool").close()
-    return folder / "mlflow.db"
-
-
-@pytest.fixture
-def uri(empty_database: Path, tmp_path: Path) -> str:
-    shutil.copy(empty_database, tmp_path / "mlflow.db")
-    return f"sqlite:///{tmp_path}/mlflow.db"
 
 
 def only_run(uri: str, experiment: str = "lab") -> Any:
@@ -54,11 +39,15 @@ def artifact(uri: str, run_id: str, path: str, folder: Path) -> bytes:
     return Path(client.download_artifacts(run_id, path, str(folder))).read_bytes()
 
 
-def test_everything_logged_is_read_back(uri: str, tmp_path: Path) -> None:
+def test_everything_logged_is_read_back(mlflow_uri: str, tmp_path: Path) -> None:
     (tmp_path / "weights.bin").write_bytes(b"w" * 1000)
     (tmp_path / "down").mkdir()
     with start_tracker(
-        uri, experiment="lab", spool=tmp_path / "spool", run_name="r1", parent_run_id="p" * 32
+        mlflow_uri,
+        experiment="lab",
+        spool=tmp_path / "spool",
+        run_name="r1",
+        parent_run_id="p" * 32,
     ) as tracker:
         tracker.log_params({"rule": "solost", "localization.keep_fraction": 0.5, "none": None})
         for step in range(600):
@@ -72,7 +61,7 @@ def test_everything_logged_is_read_back(uri: str, tmp_path: Path) -> None:
     delivery = tracker.close()
     assert (delivery.delivered, delivery.spooled, delivery.lost) == (607, 0, 0)
     assert not (tmp_path / "spool").exists()
-    run = only_run(uri)
+    run = only_run(mlflow_uri)
     assert run.info.run_id == tracker.run_id
     assert (run.info.run_name, run.info.status) == ("r1", "FINISHED")
     assert run.data.params == {
@@ -80,11 +69,13 @@ def test_everything_logged_is_read_back(uri: str, tmp_path: Path) -> None:
         "localization.keep_fraction": "0.5",
         "none": "None",
     }
-    assert metric_steps(uri, run.info.run_id, "loss") == [(s, 1 / (s + 1)) for s in range(600)]
+    assert metric_steps(mlflow_uri, run.info.run_id, "loss") == [
+        (s, 1 / (s + 1)) for s in range(600)
+    ]
     assert run.data.tags["weights_sha256"] == "abc"
     assert run.data.tags["mlflow.parentRunId"] == "p" * 32
     read = {
-        path: artifact(uri, run.info.run_id, path, tmp_path / "down")
+        path: artifact(mlflow_uri, run.info.run_id, path, tmp_path / "down")
         for path in ("out/_MANIFEST.json", "note.txt", "pictures/grid.png", "weights.bin")
     }
     assert json.loads(read["out/_MANIFEST.json"]) == {"rows": 3}
@@ -94,10 +85,10 @@ def test_everything_logged_is_read_back(uri: str, tmp_path: Path) -> None:
 
 
 def test_default_store_is_absolute_and_beside_its_artifacts(
-    empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    empty_mlflow_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    shutil.copy(empty_database, "mlflow.db")
+    shutil.copy(empty_mlflow_database, "mlflow.db")
     with start_tracker(None, experiment="lab", spool=Path("spool")) as tracker:
         tracker.log_text("x", "x.txt")
     run = only_run(f"sqlite:///{tmp_path}/mlflow.db")
@@ -109,41 +100,46 @@ def test_default_store_is_absolute_and_beside_its_artifacts(
     ("fault", "status"), [(ValueError, "FAILED"), (KeyboardInterrupt, "KILLED")]
 )
 def test_status_says_how_the_block_ended(
-    uri: str, tmp_path: Path, fault: type[BaseException], status: str
+    mlflow_uri: str, tmp_path: Path, fault: type[BaseException], status: str
 ) -> None:
-    with pytest.raises(fault), start_tracker(uri, experiment="lab", spool=tmp_path / "spool"):
+    with (
+        pytest.raises(fault),
+        start_tracker(mlflow_uri, experiment="lab", spool=tmp_path / "spool"),
+    ):
         raise fault
-    assert only_run(uri).info.status == status
+    assert only_run(mlflow_uri).info.status == status
 
 
 def test_resumed_run_goes_on_and_a_changed_parameter_becomes_a_tag(
-    uri: str, tmp_path: Path
+    mlflow_uri: str, tmp_path: Path
 ) -> None:
-    with start_tracker(uri, experiment="lab", spool=tmp_path / "spool") as first:
+    with start_tracker(mlflow_uri, experiment="lab", spool=tmp_path / "spool") as first:
         first.log_params({"a": 1, "b": 2})
         first.log_metrics({"loss": 2.0}, step=0)
     with start_tracker(
-        uri, experiment="lab", spool=tmp_path / "spool", run_id=first.run_id
+        mlflow_uri, experiment="lab", spool=tmp_path / "spool", run_id=first.run_id
     ) as second:
         second.log_params({"a": 1, "b": 3, "c": 4})
         second.log_metrics({"loss": 1.0}, step=1)
     assert second.close().spooled == 0
-    run = only_run(uri)
+    run = only_run(mlflow_uri)
     assert run.data.params == {"a": "1", "b": "2", "c": "4"}
     assert run.data.tags["changed.b"] == "3"
     assert "changed.a" not in run.data.tags
-    assert metric_steps(uri, run.info.run_id, "loss") == [(0, 2.0), (1, 1.0)]
+    assert metric_steps(mlflow_uri, run.info.run_id, "loss") == [(0, 2.0), (1, 1.0)]
     assert run.info.status == "FINISHED"
 
 
-def test_resume_of_an_unknown_run_makes_a_new_one(uri: str, tmp_path: Path) -> None:
-    with start_tracker(uri, experiment="lab", spool=tmp_path / "spool", run_id="0" * 32) as tracker:
+def test_resume_of_an_unknown_run_makes_a_new_one(mlflow_uri: str, tmp_path: Path) -> None:
+    with start_tracker(
+        mlflow_uri, experiment="lab", spool=tmp_path / "spool", run_id="0" * 32
+    ) as tracker:
         tracker.log_metrics({"loss": 1.0})
-    assert only_run(uri).data.metrics == {"loss": 1.0}
+    assert only_run(mlflow_uri).data.metrics == {"loss": 1.0}
 
 
-def test_what_mlflow_refuses_is_made_legal(uri: str, tmp_path: Path) -> None:
-    with start_tracker(uri, experiment="lab", spool=tmp_path / "spool") as tracker:
+def test_what_mlflow_refuses_is_made_legal(mlflow_uri: str, tmp_path: Path) -> None:
+    with start_tracker(mlflow_uri, experiment="lab", spool=tmp_path / "spool") as tracker:
         tracker.log_params({"x" * 300: 1, "long": "ü" * 7000, "a$b": 2, "../up": 3})
         tracker.log_params({f"p{i}": i for i in range(150)})
         tracker.log_metrics({f"m{i}": i for i in range(1200)}, step=7)
@@ -152,7 +148,7 @@ def test_what_mlflow_refuses_is_made_legal(uri: str, tmp_path: Path) -> None:
         tracker.log_metrics({})
         tracker.log_text("x", "../../escape?.txt")
     assert tracker.close().spooled == 0
-    data = only_run(uri).data
+    data = only_run(mlflow_uri).data
     assert len(data.params) == 154
     assert data.params["a_b"] == "2"
     assert data.params["up"] == "3"
@@ -245,10 +241,10 @@ def test_off_records_nothing(tmp_path: Path) -> None:
 
 
 def test_spool_of_a_healthy_run_stays_small(
-    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mlflow_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tracking_spool, "COMPACT_BYTES", 10)
-    with start_tracker(uri, experiment="lab", spool=tmp_path / "spool") as tracker:
+    with start_tracker(mlflow_uri, experiment="lab", spool=tmp_path / "spool") as tracker:
         tracker.log_metrics({"loss": 2.0}, step=0)
         (events,) = (tmp_path / "spool").glob("*/events.jsonl")
         assert tracker.wait_for_run_id(60)
@@ -259,7 +255,10 @@ def test_spool_of_a_healthy_run_stays_small(
         assert events.stat().st_size == 0
         tracker.log_metrics({"loss": 1.0}, step=1)
     assert tracker.close().delivered == 3
-    assert metric_steps(uri, only_run(uri).info.run_id, "loss") == [(0, 2.0), (1, 1.0)]
+    assert metric_steps(mlflow_uri, only_run(mlflow_uri).info.run_id, "loss") == [
+        (0, 2.0),
+        (1, 1.0),
+    ]
 
 
 class Unreadable:
@@ -268,23 +267,23 @@ class Unreadable:
 
 
 def test_values_that_cannot_be_read_cost_only_their_event(
-    uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    mlflow_uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with start_tracker(uri, experiment="lab", spool=tmp_path / "spool") as tracker:
+    with start_tracker(mlflow_uri, experiment="lab", spool=tmp_path / "spool") as tracker:
         tracker.log_params({"a": Unreadable()})
         tracker.log_metrics(None)  # type: ignore[arg-type]
         tracker.log_file(tmp_path / "missing.bin")
         tracker.log_metrics({"good": 1})
     assert tracker.close().lost == 3
     assert len(caplog.messages) == 2, "one warning a minute, and the last word"
-    assert only_run(uri).data.metrics == {"good": 1.0}
+    assert only_run(mlflow_uri).data.metrics == {"good": 1.0}
 
 
 def test_full_queue_costs_events_and_says_so(
-    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mlflow_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tracking_outbox, "QUEUE_EVENTS", 0)
-    tracker = start_tracker(uri, experiment="lab", spool=tmp_path / "spool")
+    tracker = start_tracker(mlflow_uri, experiment="lab", spool=tmp_path / "spool")
     tracker.log_metrics({"loss": 1.0})
     delivery = tracker.close()
     assert delivery.lost == 2
@@ -292,13 +291,13 @@ def test_full_queue_costs_events_and_says_so(
 
 
 def test_spool_that_cannot_be_made_moves_to_a_temporary_folder(
-    uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    mlflow_uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("")
-    with start_tracker(uri, experiment="lab", spool=tmp_path / "file" / "spool") as tracker:
+    with start_tracker(mlflow_uri, experiment="lab", spool=tmp_path / "file" / "spool") as tracker:
         tracker.log_metrics({"loss": 1})
     assert "cannot spool to" in caplog.text
-    assert only_run(uri).data.metrics == {"loss": 1.0}
+    assert only_run(mlflow_uri).data.metrics == {"loss": 1.0}
 
 
 WORKER = """

@@ -20,24 +20,9 @@ from mlflow import MlflowClient
 
 from pipeline.errors import DataError, StorageError
 from pipeline.tracking import Tracker, deliver_spool, main, start_tracker
+from tests.conftest import ROOT
 
 CANARY = "canary-5b1f"
-ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database with MLflow's tables; copying it saves each test 1.5 s."""
-    folder = tmp_path_factory.mktemp("mlflow")
-    uri = f"sqlite:///{folder}/mlflow.db"
-    start_tracker(uri, experiment="first", spool=folder / "spool").close()
-    return folder / "mlflow.db"
-
-
-@pytest.fixture
-def uri(empty_database: Path, tmp_path: Path) -> str:
-    shutil.copy(empty_database, tmp_path / "mlflow.db")
-    return f"sqlite:///{tmp_path}/mlflow.db"
 
 
 @pytest.fixture
@@ -118,7 +103,7 @@ def check_run(uri: str, num_steps: int = 50) -> None:
 
 @pytest.mark.parametrize("code", [401, 403, 404, 500, 503])
 def test_failing_server_leaves_all_in_the_spool_and_warns_once(
-    serve: Any, uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, code: int
+    serve: Any, mlflow_uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, code: int
 ) -> None:
     tracker = start_tracker(serve(answers(code)), experiment="lab", spool=tmp_path / "spool")
     log_a_run(tracker)
@@ -132,8 +117,8 @@ def test_failing_server_leaves_all_in_the_spool_and_warns_once(
         f"54 events not delivered; they are in {delivery.spool}; "
         f"send them with: python -m pipeline.tracking {delivery.spool}"
     )
-    assert deliver_spool(tmp_path / "spool", uri).delivered == 54
-    check_run(uri)
+    assert deliver_spool(tmp_path / "spool", mlflow_uri).delivered == 54
+    check_run(mlflow_uri)
     assert not (tmp_path / "spool").exists()
 
 
@@ -151,8 +136,8 @@ def test_hanging_server_costs_microseconds_a_call_and_close_keeps_its_time(
     assert delivery.spooled == 2004
 
 
-def test_calls_cost_microseconds_while_a_slow_store_works(uri: str, tmp_path: Path) -> None:
-    with start_tracker(uri, experiment="lab", spool=tmp_path / "spool") as tracker:
+def test_calls_cost_microseconds_while_a_slow_store_works(mlflow_uri: str, tmp_path: Path) -> None:
+    with start_tracker(mlflow_uri, experiment="lab", spool=tmp_path / "spool") as tracker:
         assert tracker.wait_for_run_id(60)
         seconds = log_a_run(tracker, num_steps=2000)
     assert statistics.median(seconds) < 1e-4
@@ -192,17 +177,17 @@ def test_process_ends_promptly_while_the_server_hangs(serve: Any, tmp_path: Path
     assert "Traceback" not in done.stderr
 
 
-def test_killed_job_leaves_a_spool_that_can_be_delivered(uri: str, tmp_path: Path) -> None:
+def test_killed_job_leaves_a_spool_that_can_be_delivered(mlflow_uri: str, tmp_path: Path) -> None:
     done = run_script(f"http://127.0.0.1:{free_port()}", tmp_path / "spool", "kill")
     assert done.returncode == -signal.SIGKILL
-    assert deliver_spool(tmp_path / "spool", uri).delivered == 50
+    assert deliver_spool(tmp_path / "spool", mlflow_uri).delivered == 50
 
 
-def test_broken_artifact_store_does_not_hold_up_metrics(uri: str, tmp_path: Path) -> None:
+def test_broken_artifact_store_does_not_hold_up_metrics(mlflow_uri: str, tmp_path: Path) -> None:
     (tmp_path / "mlartifacts").write_text("a file where the folder should be")
-    tracker = start_tracker(uri, experiment="lab", spool=tmp_path / "spool")
+    tracker = start_tracker(mlflow_uri, experiment="lab", spool=tmp_path / "spool")
     log_a_run(tracker)
-    client = MlflowClient(tracking_uri=uri)
+    client = MlflowClient(tracking_uri=mlflow_uri)
     run_id = tracker.wait_for_run_id(60)
     assert run_id
     until(lambda: client.get_run(run_id).data.metrics == {"loss": 1 / 50})
@@ -212,11 +197,11 @@ def test_broken_artifact_store_does_not_hold_up_metrics(uri: str, tmp_path: Path
     assert "patchseed.tracking_trouble" in run.data.tags
     (tmp_path / "mlartifacts").unlink()
     assert deliver_spool(tmp_path / "spool").delivered == 2
-    check_run(uri)
+    check_run(mlflow_uri)
 
 
 def test_secret_reaches_neither_database_nor_spool_nor_log(
-    serve: Any, uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    serve: Any, mlflow_uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tracker = start_tracker(
         serve(answers(500)), experiment=f"e://me:{CANARY}@x", spool=tmp_path / "spool"
@@ -227,7 +212,7 @@ def test_secret_reaches_neither_database_nor_spool_nor_log(
     tracker.log_metrics({"loss": f"s3://me:{CANARY}@b"})
     tracker.close()
     assert files_with_the_canary(tmp_path / "spool", "config.txt") == []
-    assert deliver_spool(tmp_path / "spool", uri).spooled == 0
+    assert deliver_spool(tmp_path / "spool", mlflow_uri).spooled == 0
     assert files_with_the_canary(tmp_path, "config.json") == []
     assert CANARY not in caplog.text
 
@@ -238,18 +223,20 @@ def files_with_the_canary(folder: Path, written: str) -> list[Path]:
     return [path for path in files if CANARY.encode() in path.read_bytes()]
 
 
-def test_events_that_are_sent_twice_are_recorded_once(serve: Any, uri: str, tmp_path: Path) -> None:
+def test_events_that_are_sent_twice_are_recorded_once(
+    serve: Any, mlflow_uri: str, tmp_path: Path
+) -> None:
     tracker = start_tracker(serve(answers(500)), experiment="lab", spool=tmp_path / "spool")
     log_a_run(tracker)
     tracker.close()
     shutil.copytree(tmp_path / "spool", tmp_path / "copy")
-    assert deliver_spool(tmp_path / "spool", uri).delivered == 54
-    assert deliver_spool(tmp_path / "copy", uri).delivered == 54
-    check_run(uri)
+    assert deliver_spool(tmp_path / "spool", mlflow_uri).delivered == 54
+    assert deliver_spool(tmp_path / "copy", mlflow_uri).delivered == 54
+    check_run(mlflow_uri)
 
 
 def test_garbled_and_half_written_lines_do_not_hold_up_the_others(
-    serve: Any, uri: str, tmp_path: Path
+    serve: Any, mlflow_uri: str, tmp_path: Path
 ) -> None:
     tracker = start_tracker(serve(answers(500)), experiment="lab", spool=tmp_path / "spool")
     log_a_run(tracker)
@@ -257,9 +244,9 @@ def test_garbled_and_half_written_lines_do_not_hold_up_the_others(
     assert spool
     lines = (spool / "events.jsonl").read_text()
     (spool / "events.jsonl").write_text("garbled\n" + lines + '{"kind": "met')
-    again = deliver_spool(spool, uri)
+    again = deliver_spool(spool, mlflow_uri)
     assert (again.delivered, again.spooled) == (54, 1)
-    check_run(uri)
+    check_run(mlflow_uri)
 
 
 FULL_DISK = """
@@ -276,7 +263,7 @@ print(delivery.spooled, delivery.lost)
 """
 
 
-def test_full_disk_costs_events_but_never_half_a_line(uri: str, tmp_path: Path) -> None:
+def test_full_disk_costs_events_but_never_half_a_line(mlflow_uri: str, tmp_path: Path) -> None:
     down = f"http://127.0.0.1:{free_port()}"
     done = subprocess.run(
         [sys.executable, "-c", FULL_DISK, down, str(tmp_path / "spool")],
@@ -289,13 +276,13 @@ def test_full_disk_costs_events_but_never_half_a_line(uri: str, tmp_path: Path) 
     spooled, lost = map(int, done.stdout.split())
     assert spooled > 0
     assert spooled + lost == 51
-    assert deliver_spool(tmp_path / "spool", uri).delivered == spooled
+    assert deliver_spool(tmp_path / "spool", mlflow_uri).delivered == spooled
 
 
-def test_spool_of_a_running_job_is_left_alone(serve: Any, uri: str, tmp_path: Path) -> None:
+def test_spool_of_a_running_job_is_left_alone(serve: Any, mlflow_uri: str, tmp_path: Path) -> None:
     tracker = start_tracker(serve(answers(500)), experiment="lab", spool=tmp_path / "spool")
     with pytest.raises(StorageError, match="in use by a running job"):
-        deliver_spool(tmp_path / "spool", uri)
+        deliver_spool(tmp_path / "spool", mlflow_uri)
     tracker.close()
 
 
@@ -313,13 +300,13 @@ def test_delivery_of_nothing_is_a_data_error(tmp_path: Path) -> None:
 
 
 def test_command_line_delivers_and_tells_by_its_exit_code(
-    serve: Any, uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    serve: Any, mlflow_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tracker = start_tracker(serve(answers(500)), experiment="lab", spool=tmp_path / "spool")
     log_a_run(tracker)
     spool = tracker.close().spool
     assert main([str(spool)]) == StorageError.exit_code
-    assert main([str(spool), "--tracking-uri", uri]) == 0
+    assert main([str(spool), "--tracking-uri", mlflow_uri]) == 0
     assert capsys.readouterr().out == "54 events delivered\n"
     assert main([str(spool)]) == DataError.exit_code
 
@@ -354,7 +341,7 @@ def kill(server: "subprocess.Popen[bytes]") -> None:
 
 @pytest.mark.slow
 def test_server_killed_in_mid_run_is_made_whole_after_its_restart(
-    uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    mlflow_uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     port = free_port()
     server = start_server(tmp_path, port)
@@ -379,7 +366,9 @@ def test_server_killed_in_mid_run_is_made_whole_after_its_restart(
 
 
 @pytest.mark.slow
-def test_server_that_comes_back_during_the_run_gets_everything(uri: str, tmp_path: Path) -> None:
+def test_server_that_comes_back_during_the_run_gets_everything(
+    mlflow_uri: str, tmp_path: Path
+) -> None:
     port = free_port()
     address = f"http://127.0.0.1:{port}"
     tracker = start_tracker(address, experiment="lab", spool=tmp_path / "spool")

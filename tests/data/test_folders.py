@@ -4,44 +4,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 
 from pipeline.data.folders import fits, may_hold
-from pipeline.data.lake import INPUT_SCHEMA, Collection, Listing
 from pipeline.data.sources import fetch_bytes
-
-
-def listed(images: str | Path, num_rows: int = 50_000) -> tuple[list[str], Listing]:
-    """URIs and report of a collection, after checks that hold for every one of them."""
-    collection = Collection(str(images))
-    chunks = list(collection.chunks(num_rows))
-    assert all(chunk.schema == INPUT_SCHEMA and chunk.num_rows <= num_rows for chunk in chunks)
-    table = pa.concat_tables(chunks)
-    ids = table["image_id"].to_pylist()
-    assert len(set(ids)) == len(ids) == collection.report.num_images
-    return table["uri"].to_pylist(), collection.report
-
-
-def below(root: Path, uris: Sequence[str]) -> list[str]:
-    return [uri.removeprefix(f"{root}/") for uri in uris]
-
-
-def plant(root: Path, *names: str) -> Path:
-    """Files whose content is their own name."""
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(name.encode())
-    return root
-
-
-@pytest.fixture
-def tree(tmp_path: Path) -> Path:
-    names = ("a/cat.jpg", "b/cat.jpg", "b/c/dog.PNG", "top.webp", "b/notes.txt", "b/README")
-    return plant(tmp_path / "tree", *names)
+from tests.data.conftest import below, listed, plant
 
 
 def test_folder_lists_equal_names_twice_in_a_fixed_order(tree: Path) -> None:

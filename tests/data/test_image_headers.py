@@ -1,49 +1,16 @@
 """Too many pixels are refused from the header, before they cost any memory."""
 
-import io
 import struct
 import subprocess
 import sys
 import zlib
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
-from pipeline.data.images import DecodedImage, decode_image
-
-ROOT = Path(__file__).parents[2]
-WHITE = (255, 255, 255)
-
-Pixels = NDArray[np.uint8]
-
-
-def decode(data: bytes, **changed: Any) -> DecodedImage:
-    knobs: dict[str, Any] = {
-        "min_side": 16, "max_side": 1024, "max_pixels": 100_000_000, "background": WHITE,
-    }  # fmt: skip
-    return decode_image(data, **(knobs | changed))
-
-
-def pixels_of(row: DecodedImage) -> Pixels:
-    assert row.status == "ok", row.error
-    assert row.pixels_HW3 is not None
-    return row.pixels_HW3
-
-
-def encode(picture: Image.Image | Pixels, kind: str, **options: Any) -> bytes:
-    sink = io.BytesIO()
-    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
-    image.save(sink, kind, **options)
-    return sink.getvalue()
-
-
-def noise(height: int = 64, width: int = 80) -> Pixels:
-    return np.random.default_rng(7).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
+from tests.conftest import ROOT
+from tests.data.pictures import decode, encode, noise, pixels_of
 
 KINDS = ("JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP")
 VALID = {kind: encode(noise(), kind) for kind in KINDS}

@@ -2,38 +2,26 @@
 
 import io
 import struct
-from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.data.image_modes import to_rgb
-from pipeline.data.images import decode_image
+from tests.data.pictures import Pixels, decode, encode, pixels_of
 
 BACKGROUND = (10, 120, 250)
 
 
-def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
-    sink = io.BytesIO()
-    image.save(sink, kind, **options)
-    return sink.getvalue()
-
-
-def pixels_of(data: bytes) -> NDArray[np.uint8]:
-    row = decode_image(
-        data, min_side=16, max_side=1024, max_pixels=1_000_000, background=BACKGROUND
-    )
-    assert row.status == "ok", row.error
-    assert row.pixels_HW3 is not None
-    assert row.pixels_HW3.dtype == np.uint8
-    return row.pixels_HW3
+def rgb_of(data: bytes) -> Pixels:
+    pixels_HW3 = pixels_of(decode(data, background=BACKGROUND))
+    assert pixels_HW3.dtype == np.uint8
+    return pixels_HW3
 
 
 def colour_of(data: bytes) -> tuple[int, ...]:
     """The one colour of a flat image."""
-    pixels_HW3 = pixels_of(data)
+    pixels_HW3 = rgb_of(data)
     assert (pixels_HW3 == pixels_HW3[0, 0]).all()
     return tuple(map(int, pixels_HW3[0, 0]))
 
@@ -63,13 +51,13 @@ def test_sixteen_bit_pgm_is_scaled() -> None:
 def test_every_sixteen_bit_value_is_divided_by_257_and_rounded() -> None:
     values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
     expected = np.rint(values / 257).astype(np.uint8)
-    assert np.array_equal(pixels_of(encode(Image.fromarray(values), "PNG"))[..., 0], expected)
+    assert np.array_equal(rgb_of(encode(Image.fromarray(values), "PNG"))[..., 0], expected)
 
 
 def test_transparent_value_of_sixteen_bit_grey_shows_the_background() -> None:
     values = np.full((32, 32), 40_000, np.uint16)
     values[0] = 40_001
-    pixels_HW3 = pixels_of(encode(Image.fromarray(values), "PNG", transparency=40_000))
+    pixels_HW3 = rgb_of(encode(Image.fromarray(values), "PNG", transparency=40_000))
     assert (pixels_HW3[0] == 156).all()
     assert (pixels_HW3[1:] == BACKGROUND).all()
 
@@ -77,14 +65,14 @@ def test_transparent_value_of_sixteen_bit_grey_shows_the_background() -> None:
 def test_integers_beyond_sixteen_bits_are_stretched() -> None:
     values = np.full((32, 32), 1_000_000, np.int32)
     values[0], values[1] = -1_000_000, 0
-    pixels_HW3 = pixels_of(encode(Image.fromarray(values), "TIFF"))
+    pixels_HW3 = rgb_of(encode(Image.fromarray(values), "TIFF"))
     assert [int(pixels_HW3[row, 0, 0]) for row in range(3)] == [0, 128, 255]
 
 
 def test_floats_are_stretched_and_what_is_not_finite_becomes_black() -> None:
     values = np.full((32, 32), 3e38, np.float32)
     values[0], values[1], values[2], values[3] = -3e38, np.nan, np.inf, -np.inf
-    pixels_HW3 = pixels_of(encode(Image.fromarray(values), "TIFF"))
+    pixels_HW3 = rgb_of(encode(Image.fromarray(values), "TIFF"))
     assert [int(pixels_HW3[row, 0, 0]) for row in range(5)] == [0, 0, 0, 0, 255]
 
 
@@ -97,7 +85,7 @@ def test_constant_floats_become_black(value: float) -> None:
 @pytest.mark.parametrize("ink", [(0, 0, 0, 0), (0, 255, 255, 0), (255, 0, 0, 0), (0, 0, 0, 128)])
 def test_cmyk_jpeg_keeps_its_colours(ink: tuple[int, int, int, int]) -> None:
     expected = [(255 - part) * (255 - ink[3]) / 255 for part in ink[:3]]
-    found = pixels_of(encode(Image.new("CMYK", (32, 32), ink), "JPEG", quality=95))
+    found = rgb_of(encode(Image.new("CMYK", (32, 32), ink), "JPEG", quality=95))
     assert np.abs(found - np.array(expected)).max() <= 3
 
 
@@ -106,8 +94,8 @@ def test_ycck_jpeg_is_read_as_libjpeg_turns_it_into_cmyk() -> None:
     adobe = data.index(b"Adobe")
     ycck = data[: adobe + 11] + b"\x02" + data[adobe + 12 :]
     expected = np.asarray(Image.open(io.BytesIO(ycck)).convert("RGB"))
-    assert np.array_equal(pixels_of(ycck), expected)
-    assert not np.array_equal(pixels_of(ycck), pixels_of(data))
+    assert np.array_equal(rgb_of(ycck), expected)
+    assert not np.array_equal(rgb_of(ycck), rgb_of(data))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "GIF", "BMP", "TIFF"])
@@ -122,7 +110,7 @@ def test_transparent_palette_entry_shows_the_background(kind: str) -> None:
     image = Image.new("P", (32, 32), 1)
     image.putpalette([1, 2, 3, 40, 50, 60])
     image.paste(0, (0, 0, 32, 16))
-    pixels_HW3 = pixels_of(encode(image, kind, transparency=1))
+    pixels_HW3 = rgb_of(encode(image, kind, transparency=1))
     assert (pixels_HW3[:16] == (1, 2, 3)).all()
     assert (pixels_HW3[16:] == BACKGROUND).all()
 
@@ -167,9 +155,7 @@ def test_alpha_is_blended_with_the_background(
 
 def test_colour_under_full_transparency_does_not_bleed_when_scaled_down() -> None:
     image = Image.new("RGBA", (400, 400), (255, 0, 0, 0))
-    row = decode_image(
-        encode(image, "PNG"), min_side=16, max_side=50, max_pixels=1_000_000, background=BACKGROUND
-    )
+    row = decode(encode(image, "PNG"), max_side=50, background=BACKGROUND)
     assert row.pixels_HW3 is not None
     assert (row.pixels_HW3 == BACKGROUND).all()
 

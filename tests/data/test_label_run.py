@@ -2,18 +2,19 @@
 
 import json
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
 
-from pipeline.data.label_run import LabelPass, LabelRun, open_run
+from pipeline.data.label_pass import LabelPass
+from pipeline.data.label_run import LabelRun, open_run
 from pipeline.data.lake import INPUT_SCHEMA
 from pipeline.data.pseudo_labels import MANIFEST_NAME, SCHEMA, Manifest, read_labels
 from pipeline.errors import ConfigError, StorageError
 from pipeline.storage import Location
+from tests.tables import label_row
 
 CONFIG = {"localization.rule": "solost", "images": "photos"}
 
@@ -24,21 +25,8 @@ def inputs(count: int) -> pa.Table:
 
 
 def rows_for(some: pa.Table, status: str = "ok") -> pa.Table:
-    same = {
-        "status": status,
-        "method": "solost",
-        "run_id": "r",
-        "config_hash": "c",
-        "weights_sha256": "w",
-        "created_at": datetime(2026, 1, 1, tzinfo=UTC),
-    }
-    arrays = [
-        some[field.name]
-        if field.name in some.column_names
-        else pa.array([same.get(field.name)] * some.num_rows, field.type)
-        for field in SCHEMA
-    ]
-    return pa.Table.from_arrays(arrays, schema=SCHEMA)
+    rows = [label_row(**image, status=status) for image in some.to_pylist()]
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
 def start(output: Location, **flags: Any) -> LabelRun:
@@ -193,6 +181,45 @@ def test_files_of_others_are_refused_and_never_deleted(
     with pytest.raises(StorageError, match=r"e\.g\. thesis\.docx"):
         start(output, **flags)
     assert output.child("thesis.docx").read_bytes() == b"years of work"
+
+
+def test_overwrite_deletes_nothing_where_somebody_else_put_a_file(
+    run: LabelRun, sweep: LabelPass, output: Location
+) -> None:
+    label_all(sweep)
+    finish(run)
+    output.child("thesis.docx").write_bytes(b"years of work")
+    with pytest.raises(StorageError, match="nothing was deleted"):
+        start(output, overwrite=True)
+    assert read_labels(output).num_rows == 10
+
+
+def test_rows_older_than_a_column_survive_a_later_sweep(
+    run: LabelRun, sweep: LabelPass, output: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older = pa.schema([field for field in SCHEMA if field.name != "num_frames"])
+    label_all(sweep, "error_read")
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.data.pseudo_labels.SCHEMA", older)
+        patch.setattr(
+            LabelPass, "rows_of", lambda self, block, some: rows_for(some).select(older.names)
+        )
+        finish(run)
+    again = run.open_pass(1)
+    again.freeze_inputs(iter([inputs(2)]), block_size=2)
+    label_all(again)
+    assert finish(run, number=1).rows == 10
+    assert read_labels(output).schema.names == SCHEMA.names
+
+
+def test_what_the_listing_met_is_kept_through_later_sweeps(run: LabelRun, sweep: LabelPass) -> None:
+    sweep.note_listing({"ignored_by_extension": {".txt": 3}})
+    label_all(sweep, "error_read")
+    assert finish(run).collection == {"ignored_by_extension": {".txt": 3}}
+    again = run.open_pass(1)
+    again.freeze_inputs(run.failed_inputs(), block_size=4)
+    label_all(again)
+    assert finish(run, number=1).collection == {"ignored_by_extension": {".txt": 3}}
 
 
 def test_an_abandoned_run_frees_the_output(run: LabelRun, output: Location) -> None:

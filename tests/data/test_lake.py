@@ -1,52 +1,16 @@
 """Collections of every kind: stable ids, one report, and errors that say what was searched."""
 
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 
-from pipeline.data.lake import INPUT_SCHEMA, Collection, Listing, image_id
+from pipeline.data.lake import Collection, Listing, image_id
 from pipeline.data.sources import fetch_bytes
 from pipeline.errors import ConfigError, DataError
+from tests.data.conftest import ids_of, listed, plant
 
 CANARY = "wJalrXUtnFEMI/K7MDENG"
-
-
-def listed(images: str | Path, num_rows: int = 50_000) -> tuple[list[str], Listing]:
-    """URIs and report of a collection, after checks that hold for every one of them."""
-    collection = Collection(str(images))
-    chunks = list(collection.chunks(num_rows))
-    assert all(chunk.schema == INPUT_SCHEMA and chunk.num_rows <= num_rows for chunk in chunks)
-    table = pa.concat_tables(chunks)
-    ids = table["image_id"].to_pylist()
-    assert len(set(ids)) == len(ids) == collection.report.num_images
-    return table["uri"].to_pylist(), collection.report
-
-
-def ids_of(images: str | Path) -> list[str]:
-    tables = list(Collection(str(images)).chunks())
-    ids: list[str] = pa.concat_tables(tables)["image_id"].to_pylist()
-    return ids
-
-
-def below(root: Path, uris: Sequence[str]) -> list[str]:
-    return [uri.removeprefix(f"{root}/") for uri in uris]
-
-
-def plant(root: Path, *names: str) -> Path:
-    """Files whose content is their own name."""
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(name.encode())
-    return root
-
-
-@pytest.fixture
-def tree(tmp_path: Path) -> Path:
-    names = ("a/cat.jpg", "b/cat.jpg", "b/c/dog.PNG", "top.webp", "b/notes.txt", "b/README")
-    return plant(tmp_path / "tree", *names)
 
 
 def test_report_is_plain_json(tree: Path) -> None:

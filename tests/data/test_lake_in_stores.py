@@ -15,49 +15,29 @@ import pyarrow.parquet as pq
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
-from moto.server import ThreadedMotoServer
 
-from pipeline.data.lake import INPUT_SCHEMA, Collection, Listing, image_id
+from pipeline.data.lake import Collection, image_id
 from pipeline.data.sources import ReadFault, fetch_bytes
 from pipeline.errors import DataError, StorageError
 from pipeline.storage import Location
-
-
-def listed(images: str | Path, num_rows: int = 50_000) -> tuple[list[str], Listing]:
-    """URIs and report of a collection, after checks that hold for every one of them."""
-    collection = Collection(str(images))
-    chunks = list(collection.chunks(num_rows))
-    assert all(chunk.schema == INPUT_SCHEMA and chunk.num_rows <= num_rows for chunk in chunks)
-    table = pa.concat_tables(chunks)
-    ids = table["image_id"].to_pylist()
-    assert len(set(ids)) == len(ids) == collection.report.num_images
-    return table["uri"].to_pylist(), collection.report
-
-
-def ids_of(images: str | Path) -> list[str]:
-    tables = list(Collection(str(images)).chunks())
-    ids: list[str] = pa.concat_tables(tables)["image_id"].to_pylist()
-    return ids
+from tests.conftest import point_s3_at
+from tests.data.conftest import ids_of, listed
 
 
 @pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    """An S3 server in this process; its bucket holds a small tree."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    endpoint = "http://{}:{}".format(*server.get_host_and_port())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", endpoint)
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_REGION", "us-east-1")
-        client = boto3.client("s3", region_name="us-east-1", endpoint_url=endpoint)
-        client.create_bucket(Bucket="lake")
-        names = ("a/cat.jpg", "b/cat.jpg", "b/c/dog.PNG", "top.webp", "b/notes.txt", ".hidden.jpg")
-        for name in names:
-            client.put_object(Bucket="lake", Key=f"photos/{name}", Body=name.encode())
-        yield "s3://lake"
-    server.stop()
+def bucket(s3_bucket: str) -> str:
+    """A bucket that holds a small tree."""
+    names = ("a/cat.jpg", "b/cat.jpg", "b/c/dog.PNG", "top.webp", "b/notes.txt", ".hidden.jpg")
+    put({f"photos/{name}": name.encode() for name in names})
+    return s3_bucket
+
+
+def put(objects: dict[str, bytes]) -> None:
+    """Fill the bucket by other code than ours, which would not write some of the keys."""
+    endpoint = os.environ["AWS_ENDPOINT_URL"]
+    client = boto3.client("s3", region_name="us-east-1", endpoint_url=endpoint)
+    for key, body in objects.items():
+        client.put_object(Bucket="lake", Key=key, Body=body)
 
 
 def test_bucket_folder_is_listed_and_read_with_the_ids_of_the_disk(bucket: str) -> None:
@@ -85,11 +65,7 @@ def test_odd_keys_are_listed_and_read(bucket: str, name: str) -> None:
 
 
 def test_keys_that_cannot_be_walked_are_named(bucket: str) -> None:
-    client = boto3.client(
-        "s3", region_name="us-east-1", endpoint_url=os.environ["AWS_ENDPOINT_URL"]
-    )
-    client.put_object(Bucket="lake", Key="slashes/a//b.jpg", Body=b"x")
-    client.put_object(Bucket="lake", Key="slashes/c.jpg", Body=b"x")
+    put({"slashes/a//b.jpg": b"x", "slashes/c.jpg": b"x"})
     uris, report = listed(f"{bucket}/slashes")
     assert uris == ["s3://lake/slashes/c.jpg"]
     assert report.unreadable_folders == [
@@ -151,10 +127,7 @@ def failing_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FailingStore
     handler = type("Store", (FailingStore,), {})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        monkeypatch.setenv("AWS_REGION", "us-east-1")
+        point_s3_at(f"http://127.0.0.1:{server.server_port}", monkeypatch)
         yield handler
         server.shutdown()
 

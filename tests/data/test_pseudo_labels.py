@@ -1,6 +1,5 @@
 """The table: what is written is what is read, and nothing that the manifest does not vouch for."""
 
-import datetime
 import json
 from pathlib import Path
 from typing import Any
@@ -13,58 +12,29 @@ from pipeline.data import pseudo_labels
 from pipeline.data.pseudo_labels import (
     MANIFEST_NAME,
     SCHEMA,
-    Manifest,
     config_hash,
     describe_file,
     encode_table,
     iterate_labels,
     read_labels,
     read_manifest,
-    write_manifest,
 )
 from pipeline.errors import DataError
 from pipeline.storage import Location
+from tests import tables
+from tests.tables import Row, label_row
 
 CONFIG = {"localization.rule": "solost", "localization.keep_fraction": 0.5}
 
 
-def row(image_id: str, **columns: Any) -> dict[str, Any]:
+def row(image_id: str, **columns: Any) -> Row:
     """A complete row; a failed one has nulls where nothing was measured."""
     found = {"boxes": [[1.5, 2.0, 30.0, 40.0]], "scores": [0.25], "labels": [1]}
-    known = {
-        "image_id": image_id,
-        "uri": f"/photos/{image_id}.jpg",
-        "status": "ok",
-        "method": "solost",
-        "run_id": "r1",
-        "config_hash": config_hash(CONFIG),
-        "weights_sha256": "00",
-        "created_at": datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC),
-    }
-    return dict.fromkeys(SCHEMA.names) | found | known | columns
+    return label_row(image_id, **({"uri": f"/photos/{image_id}.jpg"} | found | columns))
 
 
-def write_table(folder: Path, *parts: list[dict[str, Any]]) -> Location:
-    """A finished table with one file per part."""
-    place = Location.parse(str(folder))
-    files = []
-    for number, rows in enumerate(parts):
-        data = encode_table(pa.Table.from_pylist(rows, schema=SCHEMA), CONFIG)
-        name = f"part-{number:05}.parquet"
-        place.child(name).write_bytes(data)
-        files.append(describe_file(name, len(rows), data))
-    manifest = Manifest(
-        run_id="r1",
-        created_at="2026-01-02T00:00:00+00:00",
-        files=files,
-        rows=sum(map(len, parts)),
-        counts={"ok": sum(map(len, parts))},
-        config=CONFIG,
-        config_hash=config_hash(CONFIG),
-        weights_sha256="00",
-    )
-    write_manifest(place, manifest)
-    return place
+def write_table(folder: Path, *parts: list[Row]) -> Location:
+    return tables.write_table(folder, *parts, config=CONFIG)
 
 
 def test_rows_come_back_as_they_went_in_sorted_by_id(tmp_path: Path) -> None:

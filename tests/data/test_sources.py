@@ -10,20 +10,7 @@ import pytest
 
 from pipeline.data import sources
 from pipeline.data.sources import ReadFault, fetch_bytes, row_uri, split_row
-
-
-def plant(root: Path, *names: str) -> Path:
-    """Files whose content is their own name."""
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(name.encode())
-    return root
-
-
-@pytest.fixture
-def tree(tmp_path: Path) -> Path:
-    names = ("a/cat.jpg", "b/cat.jpg", "b/c/dog.PNG", "top.webp", "b/notes.txt", "b/README")
-    return plant(tmp_path / "tree", *names)
+from tests.data.conftest import plant
 
 
 def test_fetch_answers_in_order_and_puts_a_fault_for_each_bad_file(tree: Path) -> None:

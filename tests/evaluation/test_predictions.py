@@ -1,57 +1,19 @@
 """Labels from a table or a JSON file; impossible ones -> one line that shows the first."""
 
-import datetime
 import json
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 
-from pipeline.data.pseudo_labels import (
-    SCHEMA,
-    Manifest,
-    describe_file,
-    encode_table,
-    write_manifest,
-)
 from pipeline.errors import DataError
 from pipeline.evaluation.predictions import Prediction, describe_labels, read_predictions
 from pipeline.storage import Location
+from tests.tables import Row, label_row, write_table
 
 
-def row(name: str, **columns: Any) -> dict[str, Any]:
-    known = {
-        "image_id": name,
-        "uri": f"/photos/{name}",
-        "width": 100,
-        "height": 80,
-        "status": "ok",
-        "method": "solost",
-        "run_id": "r1",
-        "config_hash": "c1",
-        "weights_sha256": "w1",
-        "created_at": datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC),
-    }
-    return dict.fromkeys(SCHEMA.names) | known | columns
-
-
-def write_table(folder: Path, *rows: dict[str, Any]) -> Location:
-    place = Location.parse(str(folder))
-    data = encode_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), {})
-    place.child("part-0.parquet").write_bytes(data)
-    manifest = Manifest(
-        run_id="r1",
-        created_at="2026-01-02",
-        files=[describe_file("part-0.parquet", len(rows), data)],
-        rows=len(rows),
-        counts={},
-        config={},
-        config_hash="c1",
-        weights_sha256="w1",
-    )
-    write_manifest(place, manifest)
-    return place
+def row(name: str, **columns: Any) -> Row:
+    return label_row(name, width=100, height=80, **columns)
 
 
 def write_json(folder: Path, content: Any) -> Location:
@@ -76,14 +38,14 @@ A, B, C = [0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 2.0, 2.0], [0.0, 0.0, 3.0, 3.0]
 def test_best_scored_box_counts_and_the_first_among_equals(
     tmp_path: Path, boxes: Any, scores: Any, best: Any
 ) -> None:
-    (found,) = read_predictions(write_table(tmp_path, row("1.jpg", boxes=boxes, scores=scores)))
+    (found,) = read_predictions(write_table(tmp_path, [row("1.jpg", boxes=boxes, scores=scores)]))
     box = None if best is None else tuple(best)
     assert found == Prediction("/photos/1.jpg", box, "ok", 100, 80)
 
 
 @pytest.mark.parametrize("status", ["no_object", "skipped_too_small", "error_decode"])
 def test_row_that_is_not_ok_has_no_box_whatever_stands_in_it(tmp_path: Path, status: str) -> None:
-    place = write_table(tmp_path, row("1.jpg", status=status, boxes=[A], scores=[1.0]))
+    place = write_table(tmp_path, [row("1.jpg", status=status, boxes=[A], scores=[1.0])])
     (found,) = read_predictions(place)
     assert (found.box, found.status) == (None, status)
 
@@ -131,26 +93,28 @@ def test_impossible_row_of_a_table_is_named(
     tmp_path: Path, columns: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(DataError) as fault:
-        list(read_predictions(write_table(tmp_path, row("1.jpg", **columns))))
+        list(read_predictions(write_table(tmp_path, [row("1.jpg", **columns)])))
     assert reason in str(fault.value)
 
 
 def test_missing_labels_and_a_lone_parquet_file_are_told_apart(tmp_path: Path) -> None:
-    table = write_table(tmp_path, row("1.jpg", boxes=[A]))
+    table = write_table(tmp_path, [row("1.jpg", boxes=[A])])
     with pytest.raises(DataError, match="there is no "):
         read_predictions(table.child("nowhere"))
     with pytest.raises(DataError, match="give the folder of the table"):
-        read_predictions(table.child("part-0.parquet"))
+        read_predictions(table.child("part-00000.parquet"))
 
 
 def test_table_says_which_run_made_it_and_json_where_it_lies(tmp_path: Path) -> None:
-    found = describe_labels(write_table(tmp_path / "t", row("1.jpg"), row("2.jpg", method="lost")))
+    found = describe_labels(
+        write_table(tmp_path / "t", [row("1.jpg"), row("2.jpg", method="lost")])
+    )
     assert (found["run_id"], found["config_hash"], found["method"]) == ("r1", "c1", "lost, solost")
     place = write_json(tmp_path, {})
     assert describe_labels(place) == {"source": str(place)}
 
 
 def test_empty_table_has_no_method(tmp_path: Path) -> None:
-    place = write_table(tmp_path)
+    place = write_table(tmp_path, [])
     assert list(read_predictions(place)) == []
     assert describe_labels(place)["method"] is None

@@ -1,4 +1,4 @@
-"""A small network and small pictures: whole jobs run with nothing beside the repository."""
+"""Small pictures and real processes: whole jobs run with nothing beside the repository."""
 
 import os
 import signal
@@ -11,24 +11,11 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 from tests.conftest import ROOT
 
 SIZES = [(96, 64), (64, 96), (80, 80)]
-
-
-@pytest.fixture(scope="session")
-def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A ViT-Ti with random weights, in timm's names."""
-    import timm
-
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "vit_tiny.safetensors"
-    save_file(timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict(), path)
-    return path
 
 
 def write_photos(folder: Path, count: int) -> None:
@@ -40,6 +27,19 @@ def write_photos(folder: Path, count: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         pixels = rng.integers(0, 255, (height, width, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(path)
+
+
+def run_script(job: Path, *args: object, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """Run a job that needs no Ray to its end, as where nothing is installed."""
+    return subprocess.run(
+        [sys.executable, str(job), *map(str, args)],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        timeout=120,
+        check=False,
+    )
 
 
 class LabelJobs:

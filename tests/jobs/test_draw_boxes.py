@@ -1,91 +1,41 @@
 """The whole command: its files, what it prints, its exit codes."""
 
-import datetime
 import hashlib
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import timm
 from PIL import Image
 from safetensors.torch import save_file
 
-from pipeline.data.pseudo_labels import (
-    SCHEMA,
-    Manifest,
-    describe_file,
-    encode_table,
-    write_manifest,
-)
 from pipeline.storage import Location
+from tests.conftest import ROOT
+from tests.jobs.conftest import run_script
+from tests.tables import Row, label_row, write_table
 
-ROOT = Path(__file__).parents[2]
 JOB = ROOT / "jobs" / "draw_boxes.py"
 HOSTILE = "..\\..\\" + 150 * "x" + "\nü<.png"
 
-
-def run(*args: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(JOB), *map(str, args)],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **environment},
-        timeout=120,
-        check=False,
-    )
+run = partial(run_script, JOB, HF_HUB_OFFLINE="1")
 
 
-def table_row(path: Path) -> dict[str, Any]:
-    known = {
-        "image_id": hashlib.sha256(str(path).encode()).hexdigest(),
-        "uri": str(path),
-        "width": 64,
-        "height": 48,
-        "status": "ok",
-        "boxes": [[8.0, 8.0, 40.0, 40.0]],
-        "scores": [0.5],
-        "labels": [1],
-        "seed_xy": [16.0, 16.0],
-        "seed_degree": 3,
-        "method": "lost",
-        "run_id": "r1",
-        "config_hash": "c1",
-        "weights_sha256": "w1",
-        "created_at": datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC),
-    }
-    return dict.fromkeys(SCHEMA.names) | known
+def row(path: Path) -> Row:
+    found = {"boxes": [[8.0, 8.0, 40.0, 40.0]], "scores": [0.5], "labels": [1], "method": "lost"}
+    seed = {"seed_xy": [16.0, 16.0], "seed_degree": 3}
+    image_id = hashlib.sha256(str(path).encode()).hexdigest()
+    return label_row(image_id, uri=str(path), width=64, height=48, **(found | seed))
 
 
-def write_table(folder: Path, images: list[Path], sha256: str) -> Path:
+def make_table(folder: Path, images: list[Path], sha256: str) -> Location:
     """A table as the labelling job leaves it, of images that are made here."""
     for number, path in enumerate(images):
         path.parent.mkdir(exist_ok=True)
         noise = np.random.default_rng(number).integers(0, 256, (48, 64, 3))
         Image.fromarray(noise.astype(np.uint8)).save(path, "PNG")
     config = {"localization.rule": "lost", "backbone.name": "vit_tiny_patch16_224"}
-    data = encode_table(pa.Table.from_pylist([table_row(p) for p in images], schema=SCHEMA), config)
-    place = Location.parse(str(folder))
-    place.child("labels-0.parquet").write_bytes(data)
-    write_manifest(
-        place,
-        Manifest(
-            run_id="r1",
-            created_at="2026-01-02",
-            files=[describe_file("labels-0.parquet", len(images), data)],
-            rows=len(images),
-            counts={"ok": len(images)},
-            config=config,
-            config_hash="c1",
-            weights_sha256=sha256,
-        ),
-    )
-    return folder
+    return write_table(folder, list(map(row, images)), config=config, weights_sha256=sha256)
 
 
 @pytest.mark.slow
@@ -94,7 +44,7 @@ def test_pictures_with_maps_and_a_sheet_are_drawn_and_named(tmp_path: Path) -> N
     save_file(timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict(), weights)
     sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
     images = [tmp_path / "photos" / name for name in ("cat.png", HOSTILE)]
-    labels = write_table(tmp_path / "labels", images, sha256)
+    labels = make_table(tmp_path / "labels", images, sha256)
     out = tmp_path / "deep" / "out"
     result = run("--labels", labels, "--output", out, "--checkpoint", weights)
     assert result.returncode == 0, result.stderr
@@ -116,7 +66,7 @@ def test_pictures_with_maps_and_a_sheet_are_drawn_and_named(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_without_weights_there_are_boxes_one_warning_and_exit_code_0(tmp_path: Path) -> None:
-    labels = write_table(tmp_path / "labels", [tmp_path / "photos" / "cat.png"], 64 * "0")
+    labels = make_table(tmp_path / "labels", [tmp_path / "photos" / "cat.png"], 64 * "0")
     out = tmp_path / "out"
     result = run("--labels", labels, "--output", out, HF_HOME=str(tmp_path / "hub"))
     assert result.returncode == 0, result.stderr

@@ -1,39 +1,21 @@
 """The whole command: what it prints, its last line, its exit codes."""
 
-import datetime
 import json
-import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 
-from pipeline.data.pseudo_labels import (
-    SCHEMA,
-    Manifest,
-    describe_file,
-    encode_table,
-    write_manifest,
-)
-from pipeline.storage import Location
+from tests.conftest import ROOT
+from tests.jobs.conftest import run_script
+from tests.tables import Row, label_row, write_table
 
-ROOT = Path(__file__).parents[2]
 JOB = ROOT / "jobs" / "evaluate_boxes.py"
 
-
-def run(*args: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(JOB), *map(str, args)],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "80", **environment},
-        timeout=120,
-        check=False,
-    )
+run = partial(run_script, JOB, COLUMNS="80")
 
 
 def numbers(result: subprocess.CompletedProcess[str]) -> dict[str, Any]:
@@ -70,42 +52,9 @@ def labels(tmp_path: Path) -> Path:
     return place
 
 
-def table_row(name: str, **columns: Any) -> dict[str, Any]:
-    known = {
-        "image_id": name,
-        "uri": f"/photos/{name}",
-        "width": 100,
-        "height": 100,
-        "status": "ok",
-        "boxes": [[0.0, 0.0, 1.0, 1.0]],
-        "scores": [1.0],
-        "method": "solost",
-        "run_id": "r1",
-        "config_hash": "c1",
-        "weights_sha256": "w1",
-        "created_at": datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC),
-    }
-    return dict.fromkeys(SCHEMA.names) | known | columns
-
-
-def write_table(folder: Path, rows: list[dict[str, Any]]) -> Path:
-    place = Location.parse(str(folder))
-    data = encode_table(pa.Table.from_pylist(rows, schema=SCHEMA), {})
-    place.child("part-0.parquet").write_bytes(data)
-    write_manifest(
-        place,
-        Manifest(
-            run_id="r1",
-            created_at="2026-01-02",
-            files=[describe_file("part-0.parquet", len(rows), data)],
-            rows=len(rows),
-            counts={},
-            config={},
-            config_hash="c1",
-            weights_sha256="w1",
-        ),
-    )
-    return folder
+def row(name: str, **columns: Any) -> Row:
+    known = {"width": 100, "height": 100, "boxes": [[0.0, 0.0, 1.0, 1.0]], "scores": [1.0]}
+    return label_row(name, **(known | columns))
 
 
 def test_every_number_of_a_hand_made_case(labels: Path, truth: Path) -> None:
@@ -180,9 +129,9 @@ def test_table_gives_sizes_statuses_and_provenance(tmp_path: Path, truth: Path) 
     folder = write_table(
         tmp_path / "table",
         [
-            table_row("1.jpg", boxes=[bad, good, bad], scores=[0.1, 0.7, 0.7]),
-            table_row("2.jpg", status="no_object", boxes=[], scores=[]),
-            table_row("3.jpg", status="error_decode", boxes=None, scores=None),
+            row("1.jpg", boxes=[bad, good, bad], scores=[0.1, 0.7, 0.7]),
+            row("2.jpg", status="no_object", boxes=[], scores=[]),
+            row("3.jpg", status="error_decode", boxes=None, scores=None),
         ],
     )
     found = numbers(run("--labels", folder, "--ground-truth", truth))
@@ -203,7 +152,7 @@ def test_unknown_size_makes_the_baselines_null_not_zero(labels: Path, truth: Pat
 
 
 def test_other_size_than_annotated_is_told(tmp_path: Path, truth: Path) -> None:
-    folder = write_table(tmp_path / "table", [table_row("1.jpg", width=50), table_row("2.jpg")])
+    folder = write_table(tmp_path / "table", [row("1.jpg", width=50), row("2.jpg")])
     result = run("--labels", folder, "--ground-truth", truth)
     found = numbers(result)
     assert found["num_size_differs"] == 1

@@ -71,38 +71,19 @@ def test_the_jobs_api_is_closed_to_those_without_the_token(head: str) -> None:
     assert refused.value.code == 401
 
 
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """An S3 server with a bucket ``lake``; its address is in the environment."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "canary-id")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary-secret")
-    monkeypatch.setenv("AWS_REGION", "us-east-1")
-    urllib.request.urlopen(
-        urllib.request.Request(f"http://{host}:{port}/lake", method="PUT"), timeout=10
-    )
-    yield "s3://lake"
-    server.stop()
-
-
 def test_images_and_table_may_both_lie_in_an_object_store(
-    bucket: str, label_jobs: LabelJobs, tmp_path: Path
+    s3_bucket: str, label_jobs: LabelJobs, tmp_path: Path
 ) -> None:
     write_photos(tmp_path / "photos", 5)
     for path in (tmp_path / "photos").rglob("*.png"):
         name = path.relative_to(tmp_path).as_posix()
-        Location.parse(f"{bucket}/{name}").write_bytes(path.read_bytes())
-    Location.parse(f"{bucket}/photos/broken.jpg").write_bytes(b"no picture")
-    output = f"{bucket}/labels"
-    done = label_jobs.run(f"{bucket}/photos", output, "--max-bad-fraction", "0.2")
+        Location.parse(f"{s3_bucket}/{name}").write_bytes(path.read_bytes())
+    Location.parse(f"{s3_bucket}/photos/broken.jpg").write_bytes(b"no picture")
+    output = f"{s3_bucket}/labels"
+    done = label_jobs.run(f"{s3_bucket}/photos", output, "--max-bad-fraction", "0.2")
     assert done.returncode == 0, done.stderr
     assert read_manifest(Location.parse(output)).counts == {"error_decode": 1, "ok": 5}
-    again = label_jobs.run(f"{bucket}/photos", output, "--resume", "--max-bad-fraction", "0.2")
+    again = label_jobs.run(f"{s3_bucket}/photos", output, "--resume", "--max-bad-fraction", "0.2")
     assert "nothing is left to do" in again.stdout
     told = done.stdout + done.stderr + json.dumps(read_manifest(Location.parse(output)).job)
     assert "canary-secret" not in told
