@@ -42,7 +42,8 @@ class Settings:
     checkpoint: str | None = None
     normalize: Literal["imagenet", "half"] = "imagenet"
     num_images: int = 500
-    batch_size: int = 16
+    blocks: tuple[int, ...] = ()
+    """Which blocks; none means all."""
     output: Path = Path("benchmarks/results/feature_sweep.json")
 
 
@@ -59,12 +60,12 @@ def main(settings: Settings) -> None:
         i for row in range(decoded.num_rows) if (i := pixels_of_row(decoded, row)) is not None
     ]
     assert len(images) == decoded.num_rows
-    method = Method(normalize=settings.normalize, batch_size=settings.batch_size)
+    method = Method(normalize=settings.normalize)
     weights = load_weights(settings.name, settings.checkpoint)
     depth = 1 + max(int(n.split(".")[1]) for n in weights.state_dict if n.startswith("blocks."))
     rows: list[list[str]] = []
     result: dict[str, float] = {}
-    for block in range(depth):
+    for block in settings.blocks or range(depth):
         for feature in FEATURES:
             network = build_backbone(settings.name, weights, feature=feature, block=block)
             labeller = PseudoBoxLabeller(network, method, Provenance("", "", ""))

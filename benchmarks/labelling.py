@@ -109,11 +109,11 @@ def published_vit(settings: Settings, weights: Weights | None) -> Any:
     return vit
 
 
-def ray_seconds_per_image(settings: Settings, weights: Weights, batch_size: int) -> float:
+def ray_seconds_per_image(settings: Settings, weights: Weights) -> float:
     """Time per image between the first finished block and the last."""
     chunks = pa.concat_tables(list(Collection(settings.images).chunks()))
     inputs = chunks.slice(0, settings.num_images_ray).cast(INPUT_SCHEMA)
-    method = Method(normalize=settings.normalize, batch_size=batch_size)
+    method = Method(normalize=settings.normalize)
     backbone = BackboneConfig(name=settings.name, feature=settings.feature, block=settings.block)
     with TemporaryDirectory() as folder:
         sweep = LabelPass(Location.parse(folder), {})
@@ -181,7 +181,7 @@ def main(settings: Settings) -> None:
         "post": lambda: [localize(features.tokens_BHWD) for features in kept],
     }
     seconds = {n: s / len(images) for n, s in best_seconds(ways, settings.rounds).items()}
-    seconds["e"] = ray_seconds_per_image(settings, weights, batch_size=32)
+    seconds["e"] = ray_seconds_per_image(settings, weights)
     overlap = aligned_iou(boxes_of(ours(decoded)), boxes_of(half(decoded)))
     aims = [
         ("b is this much faster than a", seconds["a"] / seconds["b"], ">= 1.25"),

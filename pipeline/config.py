@@ -87,8 +87,9 @@ class ComputeConfig(Settings):
     precision: Precision = "fp32"
     """Autocast of the forward pass; localization itself is always fp32."""
 
-    batch_size: PositiveInt = 32
-    """Images per forward pass at most; only images with the same patch grid share one."""
+    batch_size: PositiveInt | None = None
+    """Images per forward pass at most (they must share a patch grid); None is 32 on a GPU, and 4 on
+    a CPU, whose caches hold no more."""
 
     block_size: PositiveInt = 64
     """Images per unit of work: what a kill can cost, and what is decoded in one go."""

@@ -32,6 +32,8 @@ from pipeline.models.features import (
 )
 
 OBJECT_LABEL = 1
+# More than four 500 x 375 images' activations leave a CPU's caches: 15 % slower (docs/log.md).
+BATCH_SIZES = {"cpu": 4, "cuda": 32}
 NOTHING_FOUND = "no patch can be a seed: all features are zero or not finite"
 
 Image = NDArray[np.uint8]
@@ -49,7 +51,8 @@ class Method:
     affinity_memory_mib: int = 512
     normalize: Literal["imagenet", "half"] = "imagenet"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    batch_size: int = 32
+    batch_size: int | None = None
+    """Images per forward pass; None is what suits the device (``BATCH_SIZES``)."""
 
 
 @dataclass(frozen=True)
@@ -83,12 +86,13 @@ class PseudoBoxLabeller:
         self.method = method
         self.provenance = provenance
         self.device = device
+        self.batch_size = method.batch_size or BATCH_SIZES[device.partition(":")[0]]
 
     def __call__(self, decoded: pa.Table) -> pa.Table:
         """Rows of ``PIXELS_SCHEMA`` -> as many rows of ``pseudo_labels.SCHEMA``, in their order.
 
         Images that share a padded patch grid go through the network together, at most
-        ``method.batch_size`` at once. None is ever padded to another's size: that would change its
+        ``batch_size`` at once. None is ever padded to another's size: that would change its
         attention, its positions and its degrees.
         """
         images = [pixels_of_row(decoded, row) for row in range(decoded.num_rows)]
@@ -107,7 +111,7 @@ class PseudoBoxLabeller:
             if image is not None:
                 grid = padded_size(image.shape[0], image.shape[1], self.backbone.patch_size)
                 rows_by_grid[grid].append(row)
-        size = self.method.batch_size
+        size = self.batch_size
         for rows in rows_by_grid.values():
             for first in range(0, len(rows), size):
                 yield rows[first : first + size]
