@@ -28,13 +28,19 @@ from pipeline.errors import TooManyBadImages
 from pipeline.gallery import sheet_of_boxes
 from pipeline.labelling import Method, Provenance
 from pipeline.lease import Lease
-from pipeline.models.backbones import Weights, build_backbone, load_weights
+from pipeline.models.backbones import (
+    Weights,
+    build_backbone,
+    load_weights,
+    published_normalization,
+)
 from pipeline.progress import ProgressReporter
 from pipeline.storage import Location, without_secrets
 from pipeline.tracking import Tracker, absolute_uri, start_tracker
 
 # Metrics go to MLflow at this pace: a curve people can read, not a point per block.
 _METRIC_SECONDS = 10.0
+_LOG = logging.getLogger("pipeline.label_images")
 
 
 def label_images(job: LabelJob) -> int:
@@ -52,6 +58,7 @@ def label_images(job: LabelJob) -> int:
     build_backbone(
         job.backbone.name, weights, feature=job.backbone.feature, block=job.backbone.block
     )
+    _warn_of_normalization(job)
     output = Location.parse(job.output)
     config = job.what_decides_the_boxes(weights.sha256)
     with Lease(output) as lease:
@@ -75,6 +82,19 @@ def label_images(job: LabelJob) -> int:
             )
             _log_results(tracker, manifest, output, speed)
     return _summarise(manifest, output, job)
+
+
+def _warn_of_normalization(job: LabelJob) -> None:
+    """Tell who gives the network other inputs than it was trained on; weights of one's own may."""
+    name, chosen = job.backbone.name, job.backbone.normalize
+    trained = published_normalization(name)
+    if trained not in (None, chosen):
+        _LOG.warning(
+            "the published %s was trained with --backbone.normalize %s, not %s",
+            name,
+            trained,
+            chosen,
+        )
 
 
 def _with_absolute_paths(job: LabelJob) -> LabelJob:

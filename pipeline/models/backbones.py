@@ -25,7 +25,7 @@ from pipeline.models.checkpoints import (
 )
 from pipeline.models.cnn import ConvFeatures, Vgg16Map
 from pipeline.models.dino_vit import ViTFeatures
-from pipeline.models.features import FeatureExtractor
+from pipeline.models.features import NORMALIZATIONS, FeatureExtractor
 from pipeline.models.hub import fetch_from_hub, fetch_url
 
 CNNS = ("resnet50.dino", "resnet50.tv_in1k", "vgg16.tv_in1k")
@@ -72,6 +72,20 @@ def load_weights(name: str, checkpoint: str | None) -> Weights:
     _require_supported(name)
     path = Path(checkpoint).expanduser() if checkpoint else _fetch(name)
     return Weights(read_state_dict(path), file_sha256(path), source=str(path))
+
+
+def published_normalization(name: str) -> str | None:
+    """The name of the normalisation (``NORMALIZATIONS``) the published weights were trained with.
+
+    None where timm does not say, or says another one.
+    """
+    published: Any = None if name in _PUBLISHED_ELSEWHERE else get_pretrained_cfg(name)
+    if published is None:
+        return None
+    for known, (mean, _) in NORMALIZATIONS.items():
+        if tuple(published.mean) == mean:
+            return known
+    return None
 
 
 def build_backbone(

@@ -54,7 +54,7 @@ class LabelJobs:
             sys.executable,
             "jobs/label_images.py",
             *("--images", str(images), "--output", str(output)),
-            *("--backbone.name", "vit_tiny_patch16_224"),
+            *("--backbone.name", "vit_tiny_patch16_224", "--backbone.normalize", "half"),
             *("--backbone.checkpoint", str(self.weights)),
             *("--tracking-uri", "off"),
             *flags,

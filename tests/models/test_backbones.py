@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError, WeightsError
-from pipeline.models.backbones import Weights, build_backbone, load_weights
+from pipeline.models.backbones import Weights, build_backbone, load_weights, published_normalization
 from pipeline.models.cnn import ConvFeatures
 from pipeline.models.dino_vit import ViTFeatures
 from pipeline.models.features import PatchFeatures
@@ -259,3 +259,18 @@ def test_a_network_without_published_weights_asks_for_a_file() -> None:
     name = "vit_base_patch16_gap_224"
     with pytest.raises(WeightsError, match=r"no weights for .*--backbone\.checkpoint FILE"):
         load_weights(name, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "normalization"),
+    [
+        ("vit_small_patch16_224.dino", "imagenet"),
+        ("vit_tiny_patch16_224", "half"),
+        ("resnet50.tv_in1k", "imagenet"),
+        ("resnet50.dino", None),
+    ],
+)
+def test_the_normalization_of_published_weights_is_known(
+    name: str, normalization: str | None
+) -> None:
+    assert published_normalization(name) == normalization
