@@ -54,8 +54,10 @@ def s3_bucket() -> Iterator[str]:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     endpoint = "http://{}:{}".format(*server.get_host_and_port())
-    creation = urllib.request.Request(f"{endpoint}/lake", method="PUT")
-    urllib.request.urlopen(creation, timeout=10).close()
+    # What moto holds belongs to the process, not to the server: other tests may have left some.
+    for method, path in (("POST", "moto-api/reset"), ("PUT", "lake")):
+        request = urllib.request.Request(f"{endpoint}/{path}", method=method)
+        urllib.request.urlopen(request, timeout=10).close()
     with pytest.MonkeyPatch.context() as patch:
         point_s3_at(endpoint, patch)
         yield "s3://lake"

@@ -29,6 +29,8 @@ _CPU_SHARE_OF_ACTOR = 0.75
 _CPU_SHARE_OF_LOADING = 0.25
 _CPU_SHARE_OF_COMMIT = 0.125
 
+_LOG = logging.getLogger("pipeline.label_blocks")
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -112,6 +114,7 @@ def label_blocks(plan: LabelPlan, blocks: list[int], *, debug: bool = False) -> 
     """
     with ray_session(debug=debug):
         _quieten(debug)
+        _warn_of_private_disks(plan.sweep)
         placement = place_actors(plan.compute, cpus=count("CPU"), gpus=count("GPU"))
         try:
             for batch in _dataset(plan, blocks, placement).iter_batches(
@@ -125,6 +128,12 @@ def label_blocks(plan: LabelPlan, blocks: list[int], *, debug: bool = False) -> 
                 f"the labelling work died ({reason}). Finished blocks are kept: go on with "
                 "--resume; --debug shows more"
             ) from fault
+
+
+def _warn_of_private_disks(sweep: LabelPass) -> None:
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    if nodes > 1 and sweep.folder.is_local:
+        _LOG.warning("%d nodes will write to %s: it must be a disk they share", nodes, sweep.folder)
 
 
 def _dataset(plan: LabelPlan, blocks: list[int], placement: Placement) -> "ray.data.Dataset":
