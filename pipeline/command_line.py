@@ -29,6 +29,8 @@ from pipeline.storage import one_line, without_secrets
 
 Job = TypeVar("Job", bound=BaseModel)
 
+_CONFIG_HELP = "--config FILE.yaml gives any of these from a file; flags after it win."
+
 
 class Interrupted(BaseException):
     """SIGTERM, as `ray job stop` and schedulers send it; ends the job like Ctrl-C does."""
@@ -43,8 +45,11 @@ def run_job(job: type[Job], call: Callable[[Job], int | None], description: str 
     except PatchseedError as fault:
         code = fault.exit_code
         _tell(f"{type(fault).__name__}: {without_secrets(str(fault))}", debug)
-    except (KeyboardInterrupt, Interrupted) as stop:
-        code = 143 if isinstance(stop, Interrupted) else 130
+    except (KeyboardInterrupt, Interrupted, SystemExit) as stop:
+        if isinstance(stop, SystemExit) and stop.code != signal.SIGTERM:
+            raise
+        # While Ray starts, a handler of its own turns SIGTERM into SystemExit(15).
+        code = 130 if isinstance(stop, KeyboardInterrupt) else 143
         resumes = "resume" in job.model_fields
         kept = ": what is finished is kept, --resume goes on with it" if resumes else ""
         _tell(f"Interrupted{kept}", debug)
@@ -77,7 +82,8 @@ def parse(job: type[Job], args: Sequence[str], description: str | None = None) -
     registry = ConstructorRegistry()
     registry.struct_rule(_fields_as_dict)
     with registry:
-        values: Any = tyro.cli(job, args=_with_file(args), description=description)
+        told = f"{description or ''}\n\n{_CONFIG_HELP}"
+        values: Any = tyro.cli(job, args=_with_file(args), description=told)
     try:
         return job.model_validate(values)
     except ValidationError as fault:
@@ -113,6 +119,8 @@ def _with_file(args: Sequence[str]) -> list[str]:
         arg = rest.pop(0)
         if arg == "--config" or arg.startswith("--config="):
             path = arg.partition("=")[2] or (rest.pop(0) if rest else "")
+            if not path:
+                raise ConfigError("--config needs a file: --config job.yaml")
             flags += _flags_of(_read_yaml(path))
         else:
             flags.append(arg)

@@ -17,6 +17,8 @@ Similarity = Literal["cosine", "dot", "pearson"]
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
+Level = Annotated[int, Field(ge=0, le=255)]
+Seed = Annotated[int, Field(ge=0)]
 
 
 class Settings(BaseModel):
@@ -71,14 +73,20 @@ class ImagesConfig(Settings):
     min_side: PositiveInt = 16
     """Images with a shorter side become rows with status skipped_too_small."""
 
-    max_side: PositiveInt = 1024
+    max_side: Annotated[int, Field(ge=64, le=16_384)] = 1024
     """Longer images are scaled down to this for the network; boxes stay in original pixels."""
 
     max_pixels: PositiveInt = 100_000_000
     """Pixels a decoder may unpack; more is refused from the header, before any decoding."""
 
-    background: tuple[int, int, int] = (255, 255, 255)
-    """Colour put behind transparent pixels."""
+    background: tuple[Level, Level, Level] = (255, 255, 255)
+    """Colour put behind transparent pixels: red, green, blue from 0 to 255."""
+
+    @model_validator(mode="after")
+    def _sides_agree(self) -> "ImagesConfig":
+        if self.min_side > self.max_side:
+            raise ValueError(f"min_side must be at most max_side, {self.max_side}")
+        return self
 
 
 class ComputeConfig(Settings):
@@ -187,10 +195,10 @@ class EvaluateJob(Settings):
     ignore_difficult: bool = False
     """Leave out objects marked difficult (the papers count them)."""
 
-    num_resamples: PositiveInt = 10_000
+    num_resamples: Annotated[int, Field(ge=100, le=1_000_000)] = 10_000
     """Bootstrap resamples behind the 95 % interval."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the bootstrap."""
 
     debug: bool = False
@@ -226,7 +234,7 @@ class DemoJob(Settings):
     num_scenes: PositiveInt = 60
     """How many scenes."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the scenes."""
 
     debug: bool = False

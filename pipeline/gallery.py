@@ -94,6 +94,7 @@ def draw_gallery(job: DrawJob) -> int:
     rows = _spread_over(read_labels(labels, _COLUMNS), ("ok", "no_object"), job.num_images)
     if not rows:
         raise DataError(f"{labels} has no image that was labelled ({_told(manifest.counts)})")
+    _keep_out_of_the_collection(output, rows)
     drawer = _map_drawer(manifest, job.checkpoint)
     shown = _draw_all(rows, drawer, decoding_of(manifest), output)
     title = f"{_recipe(manifest)}   {len(shown)} of {manifest.rows:,} images"
@@ -153,6 +154,15 @@ def _output_of(job: DrawJob) -> Location:
     if output.kind() == "file":
         raise StorageError(f"--output must be a folder, got the file {output}: choose another")
     return output
+
+
+def _keep_out_of_the_collection(output: Location, rows: Sequence[Row]) -> None:
+    """Pictures among the photos would be labelled next time."""
+    for row in rows:
+        if row["uri"].startswith(f"{output}/"):
+            raise ConfigError(
+                f"--output {output} holds the images themselves: choose another folder"
+            )
 
 
 def _spread_over(table: pa.Table, statuses: Sequence[str], number: int) -> list[Row]:

@@ -108,3 +108,24 @@ def test_an_interrupt_ends_with_its_own_code_and_the_resume_hint(
     )
     assert done.returncode == code
     assert "--resume" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--decode.background", "300", "0", "0"], "--decode.background.0"),
+        (["--decode.max-side", "10"], "--decode.max-side"),
+        (["--decode.min-side", "500", "--decode.max-side", "100"], "min_side must be at most"),
+        (["--decode.max-side", "99999999999"], "--decode.max-side"),
+        (["--config"], "--config needs a file"),
+    ],
+)
+def test_values_that_would_make_nonsense_are_refused(flags: list[str], complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        parse(LabelJob, [*NEEDED, *flags])
+
+
+def test_help_tells_of_the_configuration_file(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(LabelJob, ["--help"], "A job.")
+    assert "--config FILE.yaml" in capsys.readouterr().out

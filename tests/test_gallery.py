@@ -263,6 +263,9 @@ def test_the_output_must_be_a_folder_of_its_own(make_table: MakeTable, tmp_path:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="must be a folder"):
         draw_gallery(DrawJob(labels=str(labels), output=str(tmp_path / "file")))
+    photos = Path(read_labels(Location.parse(str(labels)))["uri"][0].as_py()).parent
+    with pytest.raises(ConfigError, match="holds the images themselves"):
+        draw_gallery(DrawJob(labels=str(labels), output=str(photos)))
 
 
 def test_a_sheet_for_the_labelling_job_needs_neither_weights_nor_all_images(

@@ -24,7 +24,7 @@ from pipeline.data.label_pass import LabelPass
 from pipeline.data.label_run import LabelRun, open_run
 from pipeline.data.lake import Collection, Listing
 from pipeline.data.pseudo_labels import Manifest, config_hash, iterate_labels
-from pipeline.errors import TooManyBadImages
+from pipeline.errors import ConfigError, TooManyBadImages
 from pipeline.gallery import sheet_of_boxes
 from pipeline.labelling import Method, Provenance
 from pipeline.lease import Lease
@@ -60,6 +60,8 @@ def label_images(job: LabelJob) -> int:
     )
     _warn_of_normalization(job)
     output = Location.parse(job.output)
+    if output.kind() == "file":
+        raise ConfigError(f"--output must be a folder, got the file {output}")
     config = job.what_decides_the_boxes(weights.sha256)
     with Lease(output) as lease:
         run = open_run(output, config, resume=job.resume, overwrite=job.overwrite)

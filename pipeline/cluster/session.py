@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ def ray_session(*, debug: bool = False) -> Iterator[None]:
     if not debug:
         # Ray's C++ core warns on our stderr about Ray Data's own actors, which is no concern here.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    ours = signal.getsignal(signal.SIGTERM)
     try:
         with _stderr_without(b"Set ray log level"):
             ray.init(
@@ -41,6 +43,8 @@ def ray_session(*, debug: bool = False) -> Iterator[None]:
         raise ClusterError(
             f"Ray at {address} cannot be used: {one_line(fault)}. Unset RAY_ADDRESS to work locally"
         ) from fault
+    # Ray's start put its own handlers in the place of the job's: they abort the process.
+    signal.signal(signal.SIGTERM, ours)
     try:
         yield
     finally:

@@ -54,7 +54,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         raise
     except Exception as fault:  # the unpickler passes on whatever damaged bytes bring about
         raise WeightsError(
-            f"{path} cannot be read ({one_line(fault, 160)}); check the path or fetch it anew"
+            f"{path} cannot be read as weights ({type(fault).__name__}: {one_line(fault, 160)}); "
+            "check the path or fetch it anew"
         ) from fault
     return _named_tensors(content, path)
 

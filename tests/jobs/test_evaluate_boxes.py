@@ -112,7 +112,7 @@ def test_report_survives_a_narrow_ascii_terminal(labels: Path, truth: Path) -> N
 
 
 def test_same_seed_same_line_and_another_seed_another_interval(labels: Path, truth: Path) -> None:
-    args = ("--labels", labels, "--ground-truth", truth, "--num-resamples", 50)
+    args = ("--labels", labels, "--ground-truth", truth, "--num-resamples", 100)
     assert run(*args).stdout == run(*args).stdout
     one, other = numbers(run(*args)), numbers(run(*args, "--seed", 12))
     assert one["hits"] == other["hits"]

@@ -139,6 +139,23 @@ def test_a_killed_actor_loses_nothing(
     assert comparable(output).equals(uninterrupted)
 
 
+@pytest.mark.parametrize("blocks_before", [0, 3])
+def test_sigterm_ends_with_143_and_leaves_nothing_behind(
+    label_jobs: LabelJobs, photos: Path, tmp_path: Path, blocks_before: int
+) -> None:
+    output = tmp_path / "labels"
+    job = label_jobs.start(photos, output, *SMALL_BLOCKS)
+    listed = "_run/*/pass-0000/inputs.parquet"
+    wait_for(lambda: any(output.glob(listed)), job)
+    wait_for(lambda: len(finished_blocks(output)) >= blocks_before, job)
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(timeout=120) == 143
+    log = next(label_jobs.folder.glob("job-*.log")).read_text()
+    assert "Interrupted: what is finished is kept, --resume goes on with it" in log
+    assert not (output / "_lease.json").exists()
+    assert len(finished_blocks(output)) >= blocks_before
+
+
 def test_a_second_job_on_the_same_output_is_refused(
     label_jobs: LabelJobs, photos: Path, tmp_path: Path
 ) -> None:
