@@ -79,9 +79,9 @@ def parse(job: type[Job], args: Sequence[str], description: str | None = None) -
         ConfigError: values out of range (all of them in one message), or a bad YAML file.
         SystemExit: tyro's own, after --help (0) or an unknown flag (2, with a suggestion).
     """
-    registry = ConstructorRegistry()
-    registry.struct_rule(_fields_as_dict)
-    with registry:
+    rules = ConstructorRegistry()
+    rules.struct_rule(_fields_as_dict)
+    with rules:
         told = f"{description or ''}\n\n{_CONFIG_HELP}"
         values: Any = tyro.cli(job, args=_with_file(args), description=told)
     try:
