@@ -30,7 +30,8 @@ def ray_session(*, debug: bool = False) -> Iterator[None]:
     if not debug:
         # Ray's C++ core warns on our stderr about Ray Data's own actors, which is no concern here.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    ours = signal.getsignal(signal.SIGTERM)
+    # An exception in the midst of Ray's start can hang it: until it is up, SIGTERM simply kills.
+    ours = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         with _stderr_without(b"Set ray log level"):
             ray.init(

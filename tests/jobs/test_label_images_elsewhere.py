@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,20 +44,26 @@ def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     process.wait(timeout=60)
 
 
+def submit(command: list[str]) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300
+    )
+
+
 def test_the_jobs_api_runs_the_job_to_success(
     head: str, label_jobs: LabelJobs, tmp_path: Path
 ) -> None:
     write_photos(tmp_path / "photos", 6)
     job = label_jobs.command(tmp_path / "photos", tmp_path / "labels")
     # A process of its own, because Ray reads its token once per process.
-    done = subprocess.run(
-        ["ray", "job", "submit", "--address", head, "--working-dir", ".", "--", "python", *job[1:]],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    command = ["ray", "job", "submit", "--address", head, "--working-dir", "."]
+    command += ["--", "python", *job[1:]]
+    done = submit(command)
+    deadline = time.monotonic() + 60
+    # A head that has just started answers before the agent that runs jobs is there.
+    while "No available agent" in done.stdout + done.stderr and time.monotonic() < deadline:
+        time.sleep(1)
+        done = submit(command)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "6 rows in" in done.stdout
     assert read_manifest(Location.parse(str(tmp_path / "labels"))).counts == {"ok": 6}
