@@ -185,6 +185,13 @@ def main(settings: Settings) -> None:
     seconds = {n: s / len(images) for n, s in best_seconds(ways, settings.rounds).items()}
     seconds["e"] = ray_seconds_per_image(settings, weights)
     overlap = aligned_iou(boxes_of(ours(decoded)), boxes_of(half(decoded)))
+    report(settings, len(images), seconds, overlap)
+
+
+def report(
+    settings: Settings, num_images: int, seconds: dict[str, float], overlap: NDArray[np.float64]
+) -> None:
+    """Print the ratios beside the aims, and keep them."""
     aims = [
         ("b is this much faster than a", seconds["a"] / seconds["b"], ">= 1.25"),
         (
@@ -200,7 +207,7 @@ def main(settings: Settings) -> None:
         ("post-processing as a share of the forward", seconds["post"] / seconds["d"], "<= 0.02"),
     ]
     title = (
-        f"{settings.name} {settings.feature} block {settings.block}, {len(images)} images, "
+        f"{settings.name} {settings.feature} block {settings.block}, {num_images} images, "
         f"{settings.threads} threads, {'given' if settings.checkpoint else 'random'} weights"
     )
     rows = [[name, f"{value:.3f}", aim] for name, value, aim in aims]

@@ -24,15 +24,8 @@ def backbone_flags(weights: str | None) -> list[str]:
         return []
     name, labelled = recognise_vit(read_state_dict(Path(weights)), weights)
     flags = ["--backbone.name", name, "--backbone.checkpoint", weights]
-    middle = [
-        "--backbone.feature",
-        "value",
-        "--backbone.block",
-        "5",
-        "--backbone.normalize",
-        "half",
-    ]
-    return flags + (middle if labelled else [])
+    middle = "--backbone.feature value --backbone.block 5 --backbone.normalize half"
+    return flags + (middle.split() if labelled else [])
 
 
 def main(job: DemoJob) -> int:
@@ -41,20 +34,13 @@ def main(job: DemoJob) -> int:
 
     scenes, labels, pictures = (f"{job.output}/{name}" for name in ("scenes", "labels", "pictures"))
     backbone = backbone_flags(job.weights)
+    again = ["--overwrite", *backbone]
     truth = Path(scenes) / "instances.json"
     if not truth.exists():
         print(f"Making {job.num_scenes} scenes with exact boxes in {scenes}", flush=True)
         write_collection(Path(scenes), num_scenes=job.num_scenes, seed=job.seed)
     steps = [
-        [
-            "label_images",
-            "--images",
-            f"{scenes}/images",
-            "--output",
-            labels,
-            "--overwrite",
-            *backbone,
-        ],
+        ["label_images", "--images", f"{scenes}/images", "--output", labels, *again],
         ["evaluate_boxes", "--labels", labels, "--ground-truth", str(truth)],
         ["draw_boxes", "--labels", labels, "--output", pictures, "--num-images", "12"],
     ]

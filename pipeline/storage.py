@@ -198,25 +198,28 @@ class Location:
 
     def files(self, *, recursive: bool = False) -> Iterator["Location"]:
         """The files in this folder by name; none where the folder is missing."""
-        selector = fs.FileSelector(self.path, recursive=recursive, allow_not_found=True)
-        found = self._reach(lambda: self.filesystem.get_file_info(selector), "list")
-        for info in sorted(found, key=lambda info: str(info.path)):
+        for info in sorted(self._entries(recursive), key=lambda info: str(info.path)):
             hidden = info.base_name.startswith(_TEMPORARY)
             if info.type == fs.FileType.File and not hidden:
                 yield Location(self.filesystem, info.path, self.scheme)
 
     def names(self) -> list[str]:
         """The names of the files and folders directly in this folder; none where it is missing."""
-        selector = fs.FileSelector(self.path, recursive=False, allow_not_found=True)
-        found = self._reach(lambda: self.filesystem.get_file_info(selector), "list")
-        return sorted(i.base_name for i in found if not i.base_name.startswith(_TEMPORARY))
+        names = [info.base_name for info in self._entries(recursive=False)]
+        return sorted(name for name in names if not name.startswith(_TEMPORARY))
 
     def is_empty(self) -> bool:
         """Whether the folder is missing or holds nothing."""
         # Arrow shows no folder of a Google bucket that has no marker object, only what is in it.
-        everything = self.scheme == "gs"
-        selector = fs.FileSelector(self.path, recursive=everything, allow_not_found=True)
-        return not self._reach(lambda: self.filesystem.get_file_info(selector), "list")
+        return not self._entries(recursive=self.scheme == "gs")
+
+    def _entries(self, recursive: bool) -> list[fs.FileInfo]:
+        """What Arrow knows of all that is in this folder; nothing where it is missing."""
+        selector = fs.FileSelector(self.path, recursive=recursive, allow_not_found=True)
+        found: list[fs.FileInfo] = self._reach(
+            lambda: self.filesystem.get_file_info(selector), "list"
+        )
+        return found
 
     def delete(self) -> None:
         """Remove the file, or the folder with all it holds; nothing where it is missing."""
