@@ -2,13 +2,15 @@
 
 Every job goes through ``run_job``: the flags are the fields of its pydantic model, all values out
 of range are told at once, and a fault is one line on stderr with its own exit code (errors.py).
-``--config FILE.yaml`` gives values from a file; flags after it win.
+``--config FILE.yaml`` gives values from a file, ``--preset NAME`` those of a published row, where
+the job has presets; flags after them win.
 """
 
+import difflib
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar, cast
@@ -29,19 +31,28 @@ from pipeline.storage import one_line, without_secrets
 
 Job = TypeVar("Job", bound=BaseModel)
 
+Presets = Mapping[str, dict[str, Any]]
+"""Nested values of a job's knobs, by the name that ``--preset`` takes."""
+
 _CONFIG_HELP = "--config FILE.yaml gives any of these from a file; flags after it win."
+_PRESET_HELP = "--preset NAME gives those of a published row; --list-presets names them."
 
 
 class Interrupted(BaseException):
     """SIGTERM, as `ray job stop` and schedulers send it; ends the job like Ctrl-C does."""
 
 
-def run_job(job: type[Job], call: Callable[[Job], int | None], description: str | None) -> NoReturn:
+def run_job(
+    job: type[Job],
+    call: Callable[[Job], int | None],
+    description: str | None,
+    presets: Presets | None = None,
+) -> NoReturn:
     """Parse the command line into ``job``, run ``call`` on it, and exit with its code."""
     signal.signal(signal.SIGTERM, _interrupt)
     debug = "--debug" in sys.argv
     try:
-        code = call(parse(job, sys.argv[1:], description)) or 0
+        code = call(parse(job, sys.argv[1:], description, presets)) or 0
     except PatchseedError as fault:
         code = fault.exit_code
         _tell(f"{type(fault).__name__}: {without_secrets(str(fault))}", debug)
@@ -50,8 +61,8 @@ def run_job(job: type[Job], call: Callable[[Job], int | None], description: str 
             raise
         # While Ray starts, a handler of its own turns SIGTERM into SystemExit(15).
         code = 130 if isinstance(stop, KeyboardInterrupt) else 143
-        resumes = "resume" in job.model_fields
-        kept = ": what is finished is kept, --resume goes on with it" if resumes else ""
+        again = getattr(job, "goes_on_with", "")
+        kept = f": what is finished is kept, {again} goes on with it" if again else ""
         _tell(f"Interrupted{kept}", debug)
     except Exception as fault:
         # The last door: whatever is unforeseen still ends as one line and code 1.
@@ -72,18 +83,28 @@ def _tell(line: str, debug: bool) -> None:
     sys.stderr.write(line + "\n")
 
 
-def parse(job: type[Job], args: Sequence[str], description: str | None = None) -> Job:
+def parse(
+    job: type[Job],
+    args: Sequence[str],
+    description: str | None = None,
+    presets: Presets | None = None,
+) -> Job:
     """The configuration that ``args`` spell.
 
     Raises:
         ConfigError: values out of range (all of them in one message), or a bad YAML file.
-        SystemExit: tyro's own, after --help (0) or an unknown flag (2, with a suggestion).
+        SystemExit: after --list-presets (0); tyro's own, after --help (0) or an unknown flag (2,
+            with a suggestion).
     """
+    if presets and "--list-presets" in args:
+        sys.stdout.write("\n".join(presets) + "\n")
+        sys.exit(0)
     rules = ConstructorRegistry()
     rules.struct_rule(_fields_as_dict)
     with rules:
         told = f"{description or ''}\n\n{_CONFIG_HELP}"
-        values: Any = tyro.cli(job, args=_with_file(args), description=told)
+        told = f"{told}\n{_PRESET_HELP}" if presets else told
+        values: Any = tyro.cli(job, args=_spelled_out(args, presets or {}), description=told)
     try:
         return job.model_validate(values)
     except ValidationError as fault:
@@ -111,23 +132,33 @@ def _own_fields_first(model: type[BaseModel]) -> list[tuple[str, FieldInfo]]:
     return sorted(model.model_fields.items(), key=lambda item: item[0] not in model.__annotations__)
 
 
-def _with_file(args: Sequence[str]) -> list[str]:
-    """``args`` with ``--config FILE`` replaced by the flags that the file spells."""
+def _spelled_out(args: Sequence[str], presets: Presets) -> list[str]:
+    """``args`` with ``--config FILE`` and ``--preset NAME`` replaced by what they stand for."""
     flags: list[str] = []
     rest = list(args)
     while rest:
         arg = rest.pop(0)
-        if arg == "--config" or arg.startswith("--config="):
-            path = arg.partition("=")[2] or (rest.pop(0) if rest else "")
-            if not path:
-                raise ConfigError("--config needs a file: --config job.yaml")
-            flags += _flags_of(_read_yaml(path))
+        name, _, value = arg.partition("=")
+        if name == "--config" or (name == "--preset" and presets):
+            value = value or (rest.pop(0) if rest else "")
+            values = _read_yaml(value) if name == "--config" else _preset(value, presets)
+            flags += _flags_of(values)
         else:
             flags.append(arg)
     return flags
 
 
+def _preset(name: str, presets: Presets) -> dict[str, Any]:
+    if name in presets:
+        return presets[name]
+    close = difflib.get_close_matches(name, presets, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(close)}? " if close else ""
+    raise ConfigError(f"--preset {name or 'NAME'} is unknown; {hint}--list-presets names them all")
+
+
 def _read_yaml(path: str) -> dict[str, Any]:
+    if not path:
+        raise ConfigError("--config needs a file: --config job.yaml")
     try:
         content = yaml.safe_load(Path(path).read_text())
     except (OSError, yaml.YAMLError) as fault:

@@ -13,6 +13,7 @@ A message is one line: what is wrong, the legal range, the value found, and what
 | 5 | StorageError: the output cannot be written, is taken, or is not empty |
 | 6 | TooManyBadImages: the work is complete, but more inputs failed than allowed |
 | 7 | ClusterError: Ray could not be reached, or the work died inside it |
+| 8 | TrainingDiverged: a loss or gradient is not finite; the step was kept for replaying |
 | 130, 143 | interrupted by Ctrl-C or SIGTERM; the resume command is printed |
 """
 
@@ -57,3 +58,9 @@ class ClusterError(PatchseedError):
     """Ray could not be reached, has too few resources, or the work died inside it."""
 
     exit_code = 7
+
+
+class TrainingDiverged(PatchseedError):
+    """A loss or a gradient is not finite; finished epochs are kept, the step can be replayed."""
+
+    exit_code = 8

@@ -319,10 +319,10 @@ def _courier(spool: Spool, uri: str) -> Courier:
         artifacts = str(
             beside / "mlartifacts" / re.sub(r"[^\w.-]", "_", spool.header["experiment"])
         )
-    return Courier(spool, lambda: _connect(uri), artifacts)
+    return Courier(spool, lambda: connect(uri), artifacts)
 
 
-def _connect(uri: str) -> tuple[Any, Any]:
+def connect(uri: str) -> tuple[Any, Any]:
     """An MlflowClient and the module mlflow.entities; import and a new database take seconds."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     import mlflow.entities

@@ -95,7 +95,7 @@ def decode_image(
     """
     if not data:
         return _without_pixels("error_read", "empty file", Header())
-    _mute_pillow()
+    mute_pillow()
     header = Header()
     try:
         header = image_headers.peek_canvas(data)
@@ -156,7 +156,7 @@ def _explain(fault: Exception, data: bytes) -> str:
     return f"{'truncated' if truncated else 'damaged'} {name}: {text}"
 
 
-def _mute_pillow() -> None:
+def mute_pillow() -> None:
     """Hide Pillow's remarks on odd metadata: no row may depend on how a process treats warnings.
 
     ``warnings.catch_warnings`` is unsafe with threads and makes every other library repeat itself

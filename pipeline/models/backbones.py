@@ -1,19 +1,27 @@
-"""A backbone from its name: the architecture from timm, the weights from the hub or from a file.
+"""A network from its name: the architecture from timm, the weights from the hub or from a file.
 
-To add one: a plain timm ViT needs nothing. Weights that timm does not list get a line in
+``build_backbone`` gives frozen patch features, ``build_model`` a classifier to be trained.
+
+To add a backbone: a plain timm ViT needs nothing. Weights that timm does not list get a line in
 ``_PUBLISHED_ELSEWHERE``; a convolutional network gets a name in ``CNNS`` and a case in ``_cnn``.
-This is the only file that imports timm.
+To add a classifier: timm's need nothing; a network of our own gets a name in ``OWN_CLASSIFIERS``
+(``own_classifiers.py``). This is the only file that imports timm.
 """
 
 import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import timm
 import torch
 from timm.layers import Attention, PatchEmbed
-from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, vision_transformer
+from timm.models import (
+    get_arch_pretrained_cfgs,
+    get_pretrained_cfg,
+    group_parameters,
+    vision_transformer,
+)
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError, WeightsError
@@ -23,10 +31,21 @@ from pipeline.models.checkpoints import (
     patch_side,
     read_state_dict,
 )
+from pipeline.models.classifier_weights import fit_classifier
 from pipeline.models.cnn import ConvFeatures, Vgg16Map
 from pipeline.models.dino_vit import ViTFeatures
 from pipeline.models.features import NORMALIZATIONS, FeatureExtractor
+from pipeline.models.grid_classifier import GridClassifier
 from pipeline.models.hub import fetch_from_hub, fetch_url
+from pipeline.models.model_options import (
+    STANDARD_SIDE,
+    ModelOptions,
+    check_ranges,
+    cut_stem,
+    image_size,
+    timm_arguments,
+)
+from pipeline.models.own_classifiers import OWN_CLASSIFIERS, build_own, fetch_own
 
 CNNS = ("resnet50.dino", "resnet50.tv_in1k", "vgg16.tv_in1k")
 """Backbones that are no ViTs; they have one feature, their last map at stride 16."""
@@ -118,6 +137,128 @@ def build_backbone(
     else:
         extractor = ViTFeatures(_vit(name, weights), feature=feature, block=block)
     return extractor.eval().requires_grad_(False)
+
+
+def load_classifier_weights(name: str, checkpoint: str | None) -> Weights:
+    """The weights of classifier ``name``, from a local file or else from where they are published.
+
+    Args:
+        name: As for ``build_model``; a timm name's tag chooses among its publications.
+        checkpoint: A ``.safetensors``, ``.pth`` or ``.pth.tar`` file; None fetches by name.
+
+    Raises:
+        ConfigError: the name is unknown.
+        WeightsError: the file cannot be read, or the weights cannot be fetched.
+    """
+    _require_classifier(name)
+    fetch = fetch_own if name in OWN_CLASSIFIERS else _fetch
+    path = Path(checkpoint).expanduser() if checkpoint else fetch(name)
+    return Weights(read_state_dict(path), file_sha256(path), source=str(path))
+
+
+def build_model(
+    name: str,
+    *,
+    num_classes: int,
+    weights: Weights | None = None,
+    **choices: Unpack[ModelOptions],
+) -> GridClassifier:
+    """Classifier ``name``, giving logits and grids, in training mode, on the default device.
+
+    Args:
+        name: Any timm classifier with or without tag, or one of ``OWN_CLASSIFIERS``.
+        num_classes: Outputs.
+        weights: What ``load_classifier_weights`` gave, to start from; None starts from scratch.
+            All must match but a classifier of another shape, which starts anew. At another
+            ``image_size`` than theirs, positions and relative-position tables are resampled as timm
+            does; weights of another ``patch_size`` are refused.
+        **choices: See ``ModelOptions``.
+
+    Raises:
+        ConfigError: the name or an option is unknown or out of range, the network has no such knob,
+            cannot take images of that size, or has a single cell in its last grid.
+        WeightsError: the weights do not fit.
+    """
+    _require_classifier(name)
+    check_ranges(num_classes, choices)
+    network: nn.Module
+    if name in OWN_CLASSIFIERS:
+        size = image_size(choices, (STANDARD_SIDE, STANDARD_SIDE))
+        network = build_own(name, num_classes, choices, size)
+    else:
+        network, size = _timm_classifier(name, num_classes, choices)
+    after_norm = name.startswith("t2t_vit")
+    model = GridClassifier(
+        network,
+        stages=choices.get("stages", (-1,)),
+        tap=choices.get("tap") or ("post_norm" if after_norm else "pre_norm"),
+        layers=_layers(network),
+    )
+    _, rows, columns = model.grid_shapes(size)[-1]
+    if rows * columns == 1:
+        raise ConfigError(
+            f"the last grid of {name} is 1 x 1 at {size[0]} x {size[1]} px, without positions to "
+            "tell apart; give a smaller model.patch_size or a larger model.image_size"
+        )
+    if weights is not None:
+        fit_classifier(model, weights.state_dict, weights.source)
+    return model
+
+
+def _timm_classifier(
+    name: str, num_classes: int, choices: ModelOptions
+) -> tuple[nn.Module, tuple[int, int]]:
+    """The timm network of that name, and the ``(rows, columns)`` of its images in pixels."""
+    with torch.device("meta"):
+        skeleton: Any = _create_classifier(name, num_classes, {})
+    published: Any = getattr(skeleton, "pretrained_cfg", None) or {}
+    rows, columns = published.get("input_size", (3, STANDARD_SIDE, STANDARD_SIDE))[-2:]
+    size = image_size(choices, (rows, columns))
+    arguments = timm_arguments(name, skeleton, choices, size)
+    network = _create_classifier(name, num_classes, arguments)
+    patch_size = choices.get("patch_size")
+    if patch_size is not None and "patch_size" not in arguments:
+        cut_stem(network, patch_size)
+    return network, size
+
+
+def _create_classifier(name: str, num_classes: int, arguments: dict[str, Any]) -> nn.Module:
+    """The timm network, its complaints as ConfigError."""
+    try:
+        network: nn.Module = timm.create_model(
+            _architecture(name), num_classes=num_classes, **arguments
+        )
+    except Exception as fault:  # constructors complain about values in every way there is
+        raise ConfigError(
+            f"{name} cannot be built with {arguments}: {type(fault).__name__}: "
+            f"{' '.join(str(fault).split())[:200]}; change model.options, model.image_size or "
+            "model.patch_size, or take another model.name"
+        ) from fault
+    return network
+
+
+def _layers(network: Any) -> list[list[str]]:
+    """Names of the parameters per layer, from input to output; empty where timm does not tell."""
+    if not hasattr(network, "group_matcher"):
+        return []
+    groups: dict[int, list[str]] = group_parameters(network, network.group_matcher(coarse=False))
+    return [groups[index] for index in sorted(groups)]
+
+
+def _require_classifier(name: str) -> None:
+    """Raise ConfigError with the nearest names unless timm or we know this one."""
+    architecture, _, tag = name.partition(".")
+    if name in OWN_CLASSIFIERS or name in _PUBLISHED_ELSEWHERE:
+        return
+    if timm.is_model(architecture) and (not tag or name in get_arch_pretrained_cfgs(architecture)):
+        return
+    known = [*timm.list_models(), *timm.list_pretrained(), *OWN_CLASSIFIERS]
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(close)}?" if close else "see timm.list_models()"
+    raise ConfigError(
+        f"model.name must be a timm classifier or one of {', '.join(OWN_CLASSIFIERS)}, got {name}; "
+        f"{hint}"
+    )
 
 
 def _cnn(name: str, weights: Weights | None) -> nn.Module:

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from pipeline.errors import WeightsError
 from pipeline.storage import one_line
 
-PICKLED = (".pth", ".pt", ".bin")
-"""Endings of files written by ``torch.save``; they are read with ``weights_only=True``."""
+PICKLED = (".pth", ".pt", ".bin", ".tar")
+"""Endings of files written by ``torch.save`` (``.pth.tar`` is no tar); read with
+``weights_only=True``."""
 
 # Where training code puts the weights in its checkpoints, best first: DINO's teacher is the network
-# that is evaluated and published.
-_CONTAINERS = ("teacher", "student", "state_dict", "model")
+# that is evaluated and published, as is the running average (EMA) of timm's trainer and T2T-ViT's.
+_CONTAINERS = ("teacher", "student", "state_dict_ema", "state_dict", "model")
 _PREFIXES = ("module.", "backbone.")
 _HEADS = ("head.", "head_dist.", "fc.", "classifier.", "pre_logits.")
 _OPTIONAL = ".num_batches_tracked"
@@ -31,11 +32,11 @@ _SHOWN = 3
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors by name in a ``.safetensors``, ``.pth``, ``.pt`` or ``.bin`` file, on the CPU.
+    """The tensors by name in a ``.safetensors`` or ``PICKLED`` file, on the CPU.
 
-    Checkpoints of training runs are unwrapped (``teacher`` before ``student``, ``state_dict``,
-    ``model``) and the prefixes of wrappers (``module.``, ``backbone.``) taken off. No code in the
-    file is run.
+    Checkpoints of training runs are unwrapped (``teacher`` before ``student``, ``state_dict_ema``,
+    ``state_dict``, ``model``) and the prefixes of wrappers (``module.``, ``backbone.``) taken off.
+    No code in the file is run.
 
     Raises:
         WeightsError: the file is missing, damaged, no file of weights, or wants to run code.

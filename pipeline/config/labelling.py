@@ -1,30 +1,24 @@
-"""Every knob of every job, with its default, its legal range and its reason.
+"""The knobs of labelling: from an image to its pseudo box, and what is done with the boxes."""
 
-To add a knob: add a field with a string under it. The string is the flag's ``--help``, the field's
-name is the flag (``localization.keep_fraction`` -> ``--localization.keep-fraction``), and the
-range in ``Field`` is checked before anything is loaded. Functions behind a room's door take plain
-arguments, so nothing below the jobs and the cluster room imports this file.
-"""
+from typing import Annotated, Any, ClassVar, Literal
 
-from typing import Annotated, Any, Literal
+from pydantic import Field, model_validator
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pipeline.config.settings import (
+    Fraction,
+    PositiveInt,
+    Precision,
+    Seed,
+    Settings,
+    TrackedSettings,
+    flatten,
+)
 
 Feature = Literal["key", "query", "value"]
-Precision = Literal["fp32", "bf16", "fp16"]
 Rule = Literal["solost", "lost"]
 Similarity = Literal["cosine", "dot", "pearson"]
 
-Fraction = Annotated[float, Field(gt=0, le=1)]
-PositiveInt = Annotated[int, Field(ge=1)]
 Level = Annotated[int, Field(ge=0, le=255)]
-Seed = Annotated[int, Field(ge=0)]
-
-
-class Settings(BaseModel):
-    """A frozen group of knobs; an unknown name is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class BackboneConfig(Settings):
@@ -115,25 +109,10 @@ class ComputeConfig(Settings):
     """Ask for more actors than the cluster has room for now; the autoscaler brings nodes."""
 
 
-class TrackedSettings(Settings):
-    """Where a job's run is recorded."""
-
-    tracking_uri: str | None = None
-    """MLflow server or database; None is $MLFLOW_TRACKING_URI, else sqlite in ./mlflow.db. 'off'
-    records nothing."""
-
-    experiment: str = "patchseed"
-    """MLflow experiment the run belongs to."""
-
-    run_name: str | None = None
-    """MLflow run name; None is made of the method and the configuration's hash."""
-
-    debug: bool = False
-    """Show tracebacks and the logs of the libraries underneath."""
-
-
 class LabelJob(TrackedSettings):
     """Give every image of a collection one pseudo box, and write the boxes as Parquet."""
+
+    goes_on_with: ClassVar = "--resume"
 
     images: str
     """A folder, a glob, a .txt or .parquet list of URIs, or Parquet with image bytes; local paths,
@@ -239,14 +218,3 @@ class DemoJob(Settings):
 
     debug: bool = False
     """Show tracebacks."""
-
-
-def flatten(groups: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested groups as one level with dotted names: ``{"a": {"b": 1}}`` -> ``{"a.b": 1}``."""
-    flat: dict[str, Any] = {}
-    for name, value in groups.items():
-        if isinstance(value, dict):
-            flat.update(flatten(value, f"{prefix}{name}."))
-        else:
-            flat[prefix + name] = value
-    return flat

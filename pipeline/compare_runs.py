@@ -1,0 +1,72 @@
+"""Runs of one experiment, or of one folder -> the paired table, and its files.
+
+The door of ``jobs/compare_runs.py``: reading is tracking_reader.py, the statistics
+evaluation/paired_runs.py, the tables and the picture evaluation/paired_report.py and
+paired_picture.py. To write one more file: a line in ``_files``.
+"""
+
+import json
+import sys
+from typing import Any
+
+from rich.console import Console
+
+from pipeline.errors import ConfigError
+from pipeline.evaluation.paired_picture import as_png
+from pipeline.evaluation.paired_report import as_csv, as_json, as_markdown, print_report
+from pipeline.evaluation.paired_runs import Comparison, compare
+from pipeline.storage import Location
+from pipeline.tracking_reader import read_experiment, read_folders
+
+PICTURE = "comparison.png"
+
+
+def compare_runs(
+    *,
+    experiment: str | None,
+    runs: str | None,
+    tracking_uri: str | None,
+    metric: str,
+    confidence: float,
+    output: str | None,
+) -> dict[str, Any]:
+    """Print the paired table, write its files, and give every number as JSON values.
+
+    Args:
+        experiment: of MLflow, to read the runs from.
+        runs: the folder of run folders to read instead.
+        tracking_uri: None is ``$MLFLOW_TRACKING_URI``, else sqlite in ``./mlflow.db``.
+        metric: what is compared.
+        confidence: of the intervals, in (0, 1).
+        output: folder (or URI) for table.md, table.csv, comparison.json and comparison.png, which
+            are replaced; None writes nothing.
+
+    Raises:
+        ConfigError: not exactly one of ``experiment`` and ``runs``, or a URI that is not read.
+        DataError: there are no such runs, or none of them pair up.
+        StorageError: the runs cannot be read, or the files not written.
+    """
+    if experiment is not None and runs is None:
+        records = read_experiment(experiment, tracking_uri)
+    elif runs is not None and experiment is None:
+        records = read_folders(runs)
+    else:
+        raise ConfigError("give --experiment NAME or --runs FOLDER, one of them")
+    comparison = compare(records, metric, confidence)
+    console = Console(file=sys.stdout)
+    print_report(comparison, console)
+    if output is not None:
+        folder = Location.parse(output)
+        for name, data in _files(comparison).items():
+            folder.child(name).write_bytes(data)
+        console.print(f"  Written to {folder}\n", highlight=False, markup=False, soft_wrap=True)
+    return as_json(comparison)
+
+
+def _files(comparison: Comparison) -> dict[str, bytes]:
+    return {
+        "table.md": as_markdown(comparison, PICTURE).encode(),
+        "table.csv": as_csv(comparison).encode(),
+        "comparison.json": (json.dumps(as_json(comparison), indent=2) + "\n").encode(),
+        PICTURE: as_png(comparison),
+    }

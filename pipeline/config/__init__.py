@@ -1,0 +1,53 @@
+"""Every knob of every job, with its default, its legal range and its reason.
+
+To add a knob: add a field with a string under it to its group. The string is the flag's ``--help``,
+the field's name is the flag (``localization.keep_fraction`` -> ``--localization.keep-fraction``),
+and the range in ``Field`` is checked before anything is loaded. Functions behind a room's door take
+plain arguments, so nothing below the jobs, the cluster room and the doors imports this.
+
+    settings.py         what all groups share
+    labelling.py        label_images, evaluate_boxes, draw_boxes, demo
+    classifier_groups.py, classification.py   train_classifier, compare_runs
+    presets.py          the papers' rows and the published recipes, as values of those knobs
+"""
+
+from pipeline.config.classification import CompareJob, TrainClassifierJob
+from pipeline.config.classifier_groups import (
+    AugmentConfig,
+    ClassifierConfig,
+    DataConfig,
+    DRLocConfig,
+    OptimConfig,
+)
+from pipeline.config.labelling import (
+    BackboneConfig,
+    ComputeConfig,
+    DemoJob,
+    DrawJob,
+    EvaluateJob,
+    ImagesConfig,
+    LabelJob,
+    LocalizationConfig,
+)
+from pipeline.config.settings import Settings, TrackedSettings, flatten
+
+__all__ = [
+    "AugmentConfig",
+    "BackboneConfig",
+    "ClassifierConfig",
+    "CompareJob",
+    "ComputeConfig",
+    "DRLocConfig",
+    "DataConfig",
+    "DemoJob",
+    "DrawJob",
+    "EvaluateJob",
+    "ImagesConfig",
+    "LabelJob",
+    "LocalizationConfig",
+    "OptimConfig",
+    "Settings",
+    "TrackedSettings",
+    "TrainClassifierJob",
+    "flatten",
+]

@@ -1,0 +1,191 @@
+"""The jobs that train a classifier with DRLoc and that compare such runs."""
+
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field, model_validator
+
+from pipeline.config.classifier_groups import (
+    AugmentConfig,
+    ClassifierConfig,
+    Count,
+    DataConfig,
+    DRLocConfig,
+    OptimConfig,
+    Positive,
+)
+from pipeline.config.settings import (
+    PositiveInt,
+    Precision,
+    Seed,
+    Settings,
+    TrackedSettings,
+    flatten,
+)
+
+
+class TrainClassifierJob(TrackedSettings):
+    """Train an image classifier, with DRLoc beside the cross-entropy."""
+
+    goes_on_with: ClassVar = "the same command"
+
+    data: DataConfig
+
+    output: str = "runs"
+    """Folder (or URI) of all runs; each has its own below it, named by what it is. For several
+    machines, on storage they all see."""
+
+    overwrite: bool = False
+    """Delete what this very run has done so far; without it, it goes on or tells its result."""
+
+    export: str | None = None
+    """Also write model.safetensors, config.json and model.onnx here."""
+
+    onnx: bool = True
+    """Make the export hold an ONNX file, compared with the network before it is kept."""
+
+    epochs: PositiveInt = 100
+    """Passes over the training images."""
+
+    stop_after: PositiveInt | None = None
+    """Stop after so many epochs of the schedules (the released code: 101 of 300)."""
+
+    batch_size: PositiveInt = 256
+    """Images per step over all workers together."""
+
+    seed: Seed = 0
+    """Of everything random: weights, order, augmentation, pairs."""
+
+    num_workers: Count = 1
+    """Ray Train workers; 0 trains in this process, without Ray."""
+
+    min_workers: PositiveInt | None = None
+    """Elastic: go on with as few as these while nodes are missing."""
+
+    use_gpu: bool = False
+    """Give each worker a GPU."""
+
+    cpus_per_worker: PositiveInt = 1
+    """Cores each worker reserves; without GPUs also its torch threads."""
+
+    wait: bool = False
+    """Ask for more workers than the cluster has room for now; the autoscaler brings nodes."""
+
+    max_failures: Count = 3
+    """How often workers may die before the job gives up."""
+
+    timeout_s: Annotated[float, Field(ge=10)] = 1800.0
+    """Seconds a worker waits for the others before it calls them lost."""
+
+    precision: Precision = "fp32"
+    """Autocast of the forward pass; fp16 scales the loss."""
+
+    channels_last: bool = False
+    """Keep images as NHWC in memory."""
+
+    compile: bool = False
+    """torch.compile the network."""
+
+    gradient_norm_steps: Count = 100
+    """Steps between measurements of each loss's gradient; 0 never."""
+
+    progress_seconds: Positive = 5.0
+    """Seconds between progress lines where the output is not a terminal."""
+
+    model: ClassifierConfig = ClassifierConfig()
+    drloc: DRLocConfig = DRLocConfig()
+    optim: OptimConfig = OptimConfig()
+    augment: AugmentConfig = AugmentConfig()
+
+    @model_validator(mode="after")
+    def _settings_agree(self) -> "TrainClassifierJob":
+        mixes = self.augment.mixup > 0 or self.augment.cutmix > 0
+        if mixes and self.batch_size % 2:
+            raise ValueError(
+                f"--batch-size must be even with mixup or cutmix, got {self.batch_size}"
+            )
+        if self.batch_size < max(1, self.num_workers) * self.optim.accumulate * (2 if mixes else 1):
+            raise ValueError(
+                f"--batch-size {self.batch_size} leaves nothing for some of {self.num_workers} "
+                f"workers with {self.optim.accumulate} parts each; raise it"
+            )
+        if self.model.pretrained and self.model.checkpoint:
+            raise ValueError(
+                "--model.pretrained and --model.checkpoint contradict each other: give one of them"
+            )
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(
+                f"--min-workers must be at most --num-workers, {self.num_workers}, "
+                f"got {self.min_workers}"
+            )
+        if self.drloc.reduction == "paper" and self.drloc.mode != "l1":
+            raise ValueError("--drloc.reduction paper is Eq. 2, which has --drloc.mode l1 only")
+        if self.drloc.normalize != "none" and self.drloc.mode != "l1":
+            raise ValueError("--drloc.mode ce and cbr count cells: --drloc.normalize must be none")
+        if self.num_epochs < self.optim.warmup_epochs + self.optim.cooldown_epochs:
+            raise ValueError(
+                f"--epochs {self.epochs} are fewer than --optim.warmup-epochs "
+                f"{self.optim.warmup_epochs:g} and --optim.cooldown-epochs "
+                f"{self.optim.cooldown_epochs} together"
+            )
+        return self
+
+    @property
+    def num_epochs(self) -> int:
+        """Epochs that are really trained."""
+        return min(self.epochs, self.stop_after or self.epochs)
+
+    def what_decides_the_weights(self) -> dict[str, Any]:
+        """The part of the configuration that a run is named and resumed by, as flat JSON values.
+
+        How many workers share the work is left out: they change the sums' order, not the method.
+        """
+        named = ("data", "epochs", "stop_after", "batch_size", "seed", "precision")
+        groups = self.model_dump(
+            mode="json", include={*named, "model", "drloc", "optim", "augment"}
+        )
+        for name in ("download", "loader_workers", "cache_mib", "max_bad_fraction"):
+            del groups["data"][name]
+        if self.data.name not in ("folder", "parquet"):
+            # A known set is the same wherever it lies.
+            del groups["data"]["root"]
+        return flatten(groups)
+
+    def what_pairs(self) -> dict[str, Any]:
+        """What a run shares with its baseline and with its other seeds."""
+        return {
+            name: value
+            for name, value in self.what_decides_the_weights().items()
+            if name != "seed" and not name.startswith("drloc.")
+        }
+
+
+class CompareJob(Settings):
+    """Compare runs with DRLoc to their paired baselines without, over seeds."""
+
+    experiment: str | None = None
+    """MLflow experiment that holds the runs."""
+
+    runs: str | None = None
+    """Folder of runs (--output of train_classifier), read instead of MLflow."""
+
+    metric: str = "test/accuracy_selected"
+    """What is compared: the test accuracy of the epoch chosen on validation images, or
+    test/accuracy_last, val/accuracy_best, val/accuracy_last."""
+
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    """Of the interval of the paired difference."""
+
+    output: str | None = None
+    """Folder for table.md, table.csv, comparison.json and comparison.png."""
+
+    tracking_uri: str | None = None
+    """MLflow server or database; None is $MLFLOW_TRACKING_URI, else sqlite in ./mlflow.db."""
+
+    debug: bool = False
+    """Show tracebacks."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "CompareJob":
+        if (self.experiment is None) == (self.runs is None):
+            raise ValueError("give --experiment NAME or --runs FOLDER, one of them")
+        return self

@@ -1,0 +1,127 @@
+"""Which training images are kept back for validation, and which few are trained on.
+
+Every image has a pseudo-random key made of the seed and its place in the sorted training set, in
+integer arithmetic alone: the same split comes out on any machine and under any version of NumPy.
+Within each class the images with the lowest keys go to validation and the next ones to training.
+So few labels are nested (the 10 of a class are among its 20), and neither the number of labels nor
+the number of workers changes the validation set.
+
+To divide in another way: a function beside `carve` that returns two arrays of indices.
+
+Shape letters:  N images   K classes
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import ConfigError, DataError
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+@dataclass(frozen=True)
+class SplitRule:
+    """How a training set is divided.
+
+    Raises:
+        ConfigError: a value is outside its range.
+    """
+
+    validation_fraction: float = 0.1
+    """Of each class, in [0, 1); 0 only where nothing has to be carved."""
+
+    train_per_class: int | None = None
+    """Few labels: so many training images of each class, at least 1; None takes all."""
+
+    select_on_test: bool = False
+    """Train on all training images and call the test set the validation set, as the paper does. The
+    best epoch is then chosen with the labels it is judged by. ``validation_fraction`` is unused."""
+
+    seed: int = 0
+    """At least 0."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.validation_fraction < 1:
+            raise ConfigError(
+                f"validation_fraction must be in [0, 1), got {self.validation_fraction}"
+            )
+        if self.train_per_class is not None and self.train_per_class < 1:
+            raise ConfigError(
+                f"train_per_class must be at least 1, got {self.train_per_class}: leave it out to "
+                "train on all images"
+            )
+        if not 0 <= self.seed < 1 << 63:
+            raise ConfigError(f"seed must be in [0, 2**63), got {self.seed}")
+
+
+def carve(
+    labels: NDArray[np.int64], classes: Sequence[str], rule: SplitRule, *, has_validation: bool
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Indices to train on and indices to validate on, both ascending.
+
+    A class gives ``round(validation_fraction * count)`` images to validation, but at least one and
+    never its last; a class of a single image keeps it for training. With ``has_validation`` (there
+    is a validation set already, or the test set takes its place) nothing is carved.
+
+    Raises:
+        ConfigError: a validation set must be carved and ``validation_fraction`` is 0.
+        DataError: a class has fewer than ``train_per_class`` images left. (A class without any
+            training image is let pass: there is no number that would suit it.)
+    """
+    count_K = np.bincount(labels, minlength=len(classes))
+    held_K = np.zeros_like(count_K)
+    if not has_validation:
+        if rule.validation_fraction == 0:
+            raise ConfigError(
+                "validation_fraction must be above 0, got 0, because the data has no validation "
+                "split of its own: set select_on_test to choose the best epoch on the test set "
+                "(as the paper does)"
+            )
+        wished_K = np.rint(rule.validation_fraction * count_K).astype(np.int64)
+        held_K = np.where(count_K > 1, np.clip(wished_K, 1, np.maximum(count_K - 1, 1)), 0)
+    rank_N = rank_within_class(labels, len(classes), rule.seed)
+    is_held_N = rank_N < held_K[labels]
+    is_taken_N = ~is_held_N
+    if rule.train_per_class is not None:
+        _check_enough(count_K - held_K, classes, rule.train_per_class)
+        is_taken_N &= rank_N < held_K[labels] + rule.train_per_class
+    return np.flatnonzero(is_taken_N), np.flatnonzero(is_held_N)
+
+
+def rank_within_class(labels: NDArray[np.int64], num_classes: int, seed: int) -> NDArray[np.int64]:
+    """``(N,)``: the place of each image in its class' random order, from 0."""
+    order_N = np.lexsort((_keys(len(labels), seed), labels))
+    count_K = np.bincount(labels, minlength=num_classes)
+    first_K = np.cumsum(count_K) - count_K
+    rank_N = np.empty(len(labels), np.int64)
+    rank_N[order_N] = np.arange(len(labels)) - first_K[labels[order_N]]
+    return rank_N
+
+
+def _check_enough(left_K: NDArray[np.int64], classes: Sequence[str], wanted: int) -> None:
+    is_short_K = (left_K > 0) & (left_K < wanted)
+    if is_short_K.any():
+        scarcest = int(np.where(is_short_K, left_K, wanted).argmin())
+        raise DataError(
+            f"train_per_class must be at most {left_K[scarcest]}, the training images left in "
+            f"class '{classes[scarcest]}' (the scarcest of {is_short_K.sum()} that are too small), "
+            f"got {wanted}: lower train_per_class or validation_fraction"
+        )
+
+
+def _keys(count: int, seed: int) -> NDArray[np.uint64]:
+    """``(N,)`` of the SplitMix64 generator, started at a hash of ``seed``."""
+    start = _mix(np.array([seed], np.uint64) + _GOLDEN)
+    return _mix(start + np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN)
+
+
+def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64's finaliser: every bit of the input moves half of the output's."""
+    # Arrays of uint64 wrap around silently, which is the arithmetic meant.
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed: NDArray[np.uint64] = state ^ (state >> np.uint64(31))
+    return mixed

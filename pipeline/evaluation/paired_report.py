@@ -1,0 +1,276 @@
+"""A paired comparison as tables for people (terminal, Markdown), CSV and JSON for programs.
+
+Accuracies are in per cent and their differences in percentage points; everything else in its own
+unit. The picture is paired_picture.py. To add a column: ``_cells`` for people, ``_row`` for both
+CSV and JSON.
+"""
+
+import csv
+import io
+import math
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from statistics import mean, stdev
+from textwrap import fill
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from pipeline.evaluation.paired_runs import Arm, Comparison, is_fraction
+
+STYLES = {"better": "green", "worse": "red", "no difference shown": "", "too few seeds": "dim"}
+# A longer list of seeds or groups says less than its length.
+_MOST_LISTED = 8
+_WORDS_WIDTH = 14
+_NONE = "n/a"
+
+
+def print_report(comparison: Comparison, console: Console) -> None:
+    """A table for each group, and whatever the reader has to know to trust it."""
+    for arms in by_group(comparison.arms):
+        console.print(f"\n[bold]{escape(arms[0].group)}[/]", highlight=False, soft_wrap=True)
+        console.print(_table(comparison, arms))
+    for line in remarks(comparison):
+        console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+    console.print()
+
+
+def as_markdown(comparison: Comparison, picture: str | None = None) -> str:
+    """The same as Markdown; ``picture`` is the file name of one to show under it."""
+    parts = [f"# {comparison.metric}: DRLoc against its paired baseline"]
+    titles = _titles(comparison)
+    for arms in by_group(comparison.arms):
+        lines = [titles, ["---", *["---:"] * (len(titles) - 2), "---"]]
+        lines += [_cells(comparison, arm) for arm in arms]
+        parts.append(f"## {arms[0].group}")
+        parts.append("\n".join(f"| {' | '.join(map(_markdown, line))} |" for line in lines))
+    parts.append("\n".join(f"- {line}" for line in remarks(comparison)))
+    if picture:
+        parts.append(f"![Every seed, and the differences with their intervals]({picture})")
+    return "\n\n".join(parts) + "\n"
+
+
+def as_csv(comparison: Comparison) -> str:
+    """One line an arm, with a head; lists of numbers are separated by spaces."""
+    rows = [_row(comparison, arm) for arm in comparison.arms]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: _csv(value) for name, value in row.items()} for row in rows)
+    return text.getvalue()
+
+
+def as_json(comparison: Comparison) -> dict[str, Any]:
+    """Every number, ready for ``json.dumps``; null where there is none, never NaN."""
+    return {
+        "metric": comparison.metric,
+        "unit": unit(comparison),
+        "confidence": comparison.confidence,
+        "arms": [
+            {**_row(comparison, arm), "drloc": dict(arm.drloc), "pair_key": arm.pair_key}
+            for arm in comparison.arms
+        ],
+        "num_arms": len(comparison.arms),
+        "num_runs": comparison.num_runs,
+        "num_unfinished": comparison.num_unfinished,
+        "num_without_metric": comparison.num_without_metric,
+        "num_repeated": comparison.num_repeated,
+        "largest_repeat_gap": _scaled(comparison, comparison.largest_repeat_gap),
+        "lone_groups": list(comparison.lone_groups),
+    }
+
+
+def by_group(arms: Sequence[Arm]) -> list[list[Arm]]:
+    """The arms of each group, in their order."""
+    return [list(group) for _, group in groupby(arms, key=lambda arm: arm.pair_key)]
+
+
+def unit(comparison: Comparison) -> str:
+    """``"%"`` for accuracies, else nothing: the metric's own."""
+    return "%" if is_fraction(comparison.metric) else ""
+
+
+def scale(comparison: Comparison) -> float:
+    """What the metric is multiplied with before it is shown."""
+    return 100.0 if is_fraction(comparison.metric) else 1.0
+
+
+def spread(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """Mean and standard deviation (n - 1), as far as there are enough values."""
+    return mean(values) if values else None, stdev(values) if len(values) > 1 else None
+
+
+def _titles(comparison: Comparison) -> list[str]:
+    """What stands over the columns; a second line of a cell is told by its title's second line."""
+    in_unit = "\n(%)" if is_fraction(comparison.metric) else ""
+    span = f"{100 * comparison.confidence:g} % interval"
+    p = "p\nHolm" if len(comparison.arms) > 1 else "p"
+    sides = (f"baseline{in_unit}", f"+DRLoc{in_unit}")
+    return ["DRLoc", "seeds", *sides, f"difference\n{span}", p, "sign\nflip", "verdict"]
+
+
+def _cells(comparison: Comparison, arm: Arm) -> list[str]:
+    """What stands under ``_titles``."""
+    found, number = arm.difference, _number(comparison)
+    difference = f"{scale(comparison) * found.mean:+{number}}" if arm.seeds else _NONE
+    if found.interval is not None:
+        low, high = (f"{scale(comparison) * end:+{number}}" for end in found.interval)
+        difference += f"\n[{low}, {high}]"
+    p = _p(found.p_student) + (f"\n{_p(arm.p_holm)}" if len(comparison.arms) > 1 else "")
+    sides = [_side(comparison, values) for values in (arm.baseline, arm.treated)]
+    verdict = verdict_in_words(comparison, arm)
+    return [
+        *(arm.setting, str(len(arm.seeds)), *sides),
+        *(difference, p, _p(found.p_sign_flip), verdict),
+    ]
+
+
+def verdict_in_words(comparison: Comparison, arm: Arm) -> str:
+    """The arm's own verdict, and whether it outlives the number of arms compared."""
+    if arm.verdict in ("better", "worse") and arm.verdict_holm != arm.verdict:
+        return f"{arm.verdict} alone, not by Holm"
+    return arm.verdict
+
+
+def _table(comparison: Comparison, arms: Sequence[Arm]) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=0, collapse_padding=True)
+    for title in _titles(comparison):
+        # Never cropped: rich's ellipsis would hide digits, and breaks terminals that know ASCII.
+        words = title in ("DRLoc", "verdict")
+        table.add_column(title, justify="left" if words else "right", overflow="fold")
+    for arm in arms:
+        setting, *numbers, verdict = _cells(comparison, arm)
+        # Rich breaks a column that is too wide anywhere, also within words.
+        cells = [fill(setting, _WORDS_WIDTH), *numbers, fill(verdict, _WORDS_WIDTH)]
+        cells, style = [escape(cell) for cell in cells], STYLES[arm.verdict]
+        cells[-1] = f"[{style}]{cells[-1]}[/]" if style else cells[-1]
+        table.add_row(*cells)
+    return table
+
+
+def _row(comparison: Comparison, arm: Arm) -> dict[str, Any]:
+    """One arm's numbers, under the names they have in CSV and JSON."""
+    found = arm.difference
+    baseline, treated = spread(arm.baseline), spread(arm.treated)
+    low, high = found.interval or (None, None)
+    return {
+        "group": arm.group,
+        "setting": arm.setting,
+        "num_seeds": len(arm.seeds),
+        "baseline_mean": _scaled(comparison, baseline[0]),
+        "baseline_sd": _scaled(comparison, baseline[1]),
+        "drloc_mean": _scaled(comparison, treated[0]),
+        "drloc_sd": _scaled(comparison, treated[1]),
+        "difference_mean": _scaled(comparison, found.mean),
+        "difference_sd": _scaled(comparison, found.sd),
+        "interval_low": _scaled(comparison, low),
+        "interval_high": _scaled(comparison, high),
+        "p_student": found.p_student,
+        "p_sign_flip": found.p_sign_flip,
+        "p_holm": arm.p_holm,
+        "verdict": arm.verdict,
+        "verdict_holm": arm.verdict_holm,
+        "seeds": list(arm.seeds),
+        "baseline": [_scaled(comparison, value) for value in arm.baseline],
+        "drloc_values": [_scaled(comparison, value) for value in arm.treated],
+        "seeds_only_baseline": list(arm.only_baseline),
+        "seeds_only_drloc": list(arm.only_treated),
+    }
+
+
+def remarks(comparison: Comparison) -> Iterator[str]:
+    """One line each, and only those that say something."""
+    yield _how_to_read(comparison)
+    if len(comparison.arms) > 1:
+        yield (
+            f"{len(comparison.arms)} arms were compared: the more, the likelier one looks good by "
+            "chance. Holm's p (and the verdict) allows for that, the intervals do not."
+        )
+    for arm in comparison.arms:
+        yield from _arm_remarks(comparison, arm)
+    yield from _left_out_remarks(comparison)
+
+
+def _how_to_read(comparison: Comparison) -> str:
+    most = max(len(arm.seeds) for arm in comparison.arms)
+    words = f"{comparison.metric}: mean and standard deviation over the paired seeds"
+    if is_fraction(comparison.metric):
+        words += "; differences in percentage points"
+    if most < 2:
+        return f"{words}. One seed has no interval: run more with --seed."
+    words += "; interval and p are Student's, of the paired difference"
+    if (smallest := 2 / 2**most) > 1 - comparison.confidence:
+        words += f". With {most} seeds the exact sign-flip test cannot fall below {smallest:g}"
+    return words + "."
+
+
+def _arm_remarks(comparison: Comparison, arm: Arm) -> Iterator[str]:
+    name = arm.setting if len(comparison.arms) == 1 else f"{arm.group}, {arm.setting}"
+    if len(arm.seeds) == 1:
+        yield f"{name}: a single paired seed ({arm.seeds[0]}) has no interval."
+    if len(arm.seeds) > 1 and arm.difference.interval is None:
+        yield f"{name}: the differences are all the same, so their spread cannot be told."
+    for seeds, lacking in ((arm.only_baseline, "DRLoc"), (arm.only_treated, "baseline")):
+        if seeds:
+            yield f"{name}: seeds without a {lacking} run are left out: {_listed(seeds)}."
+
+
+def _left_out_remarks(comparison: Comparison) -> Iterator[str]:
+    if comparison.num_unfinished:
+        yield f"{comparison.num_unfinished} unfinished runs are left out."
+    if comparison.num_without_metric:
+        yield (
+            f"{comparison.num_without_metric} finished runs have no finite {comparison.metric}: "
+            "they are left out."
+        )
+    if comparison.num_repeated:
+        gap = scale(comparison) * comparison.largest_repeat_gap
+        yield (
+            f"{comparison.num_repeated} runs were recorded again; the last one counts, the others "
+            f"are up to {gap:{_number(comparison)}} off it."
+        )
+    groups = comparison.lone_groups
+    for group in groups[:_MOST_LISTED]:
+        yield f"Not compared: {group}."
+    if len(groups) > _MOST_LISTED:
+        yield f"Not compared: {len(groups) - _MOST_LISTED} more groups."
+
+
+def _side(comparison: Comparison, values: Sequence[float]) -> str:
+    centre, deviation = spread(values)
+    if centre is None:
+        return _NONE
+    number = _number(comparison)
+    text = f"{scale(comparison) * centre:{number}}"
+    # Not the plus-minus sign, which terminals that know ASCII alone cannot show.
+    return text if deviation is None else f"{text}\nsd {scale(comparison) * deviation:{number}}"
+
+
+def _number(comparison: Comparison) -> str:
+    return ".2f" if is_fraction(comparison.metric) else ".4f"
+
+
+def _p(value: float | None) -> str:
+    return _NONE if value is None else f"{value:.3f}" if value >= 0.001 else "<0.001"
+
+
+def _scaled(comparison: Comparison, value: float | None) -> float | None:
+    if value is None or not math.isfinite(value):
+        return None
+    return round(scale(comparison) * value, 6)
+
+
+def _listed(seeds: Sequence[int]) -> str:
+    more = f" and {len(seeds) - _MOST_LISTED} more" if len(seeds) > _MOST_LISTED else ""
+    return ", ".join(map(str, seeds[:_MOST_LISTED])) + more
+
+
+def _markdown(cell: str) -> str:
+    return cell.replace("|", "\\|").replace("\n", " ")
+
+
+def _csv(value: Any) -> Any:
+    return " ".join(map(str, value)) if isinstance(value, list) else value

@@ -1,0 +1,290 @@
+"""Does DRLoc help? Runs that differ in nothing but DRLoc, compared seed by seed.
+
+Runs with one ``pair_key`` share everything but the ``drloc`` group and the seed. Within them the
+baseline is ``drloc.weight`` 0, and each other setting of the group is an arm. A seed fixes data
+order, augmentation and the network's first weights, so the difference of two runs of one seed has
+less noise than either; its interval is Student's over the seeds.
+
+The arithmetic is paired_difference.py, the words for runs paired_labels.py; reading runs is
+tracking_reader.py, and showing the comparison paired_report.py. To compare something else than
+DRLoc: ``LOSS`` and ``WEIGHT`` in paired_labels.py name its knobs.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from pipeline.errors import DataError
+from pipeline.evaluation.paired_difference import (
+    Difference,
+    Verdict,
+    difference_of,
+    holm,
+    verdict_of,
+)
+from pipeline.evaluation.paired_labels import (
+    LOSS,
+    WEIGHT,
+    did_you_mean,
+    group_labels,
+    nearest_settings,
+    setting_label,
+)
+
+# ``()`` stands for the baseline: with weight 0 the other knobs of the loss decide nothing.
+_Setting = tuple[tuple[str, str], ...]
+_BASELINE: _Setting = ()
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One training run as it was recorded.
+
+    Attributes:
+        name: as it is shown.
+        config: the resolved configuration, dotted names and values as texts.
+        metrics: the last value of each.
+        pair_key: hash of the configuration without its drloc group and its seed.
+        config_hash: hash of all that decides the numbers.
+        seed: of everything random in the run.
+        drloc_weight: 0 where DRLoc is off.
+        finished: whether the run came to its planned end.
+        where: run folder, or MLflow's id.
+    """
+
+    name: str
+    config: Mapping[str, str]
+    metrics: Mapping[str, float]
+    pair_key: str
+    config_hash: str
+    seed: int
+    drloc_weight: float
+    finished: bool
+    where: str
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One setting of DRLoc against its baseline.
+
+    Attributes:
+        group: what baseline and arm share, in words.
+        pair_key: the same, as a hash.
+        setting: the arm's DRLoc, in words.
+        drloc: the same, as the values of all its knobs by their full names.
+        seeds: present on both sides, ascending; ``baseline`` and ``treated`` follow their order.
+        baseline: the metric with weight 0.
+        treated: the metric with DRLoc.
+        only_baseline: seeds without a run of the arm.
+        only_treated: seeds without a baseline.
+        difference: arm minus baseline.
+        verdict: by the interval of this arm alone.
+        p_holm: ``p_student`` adjusted for the number of arms compared.
+        verdict_holm: by ``p_holm``.
+    """
+
+    group: str
+    pair_key: str
+    setting: str
+    drloc: Mapping[str, str]
+    seeds: tuple[int, ...]
+    baseline: tuple[float, ...]
+    treated: tuple[float, ...]
+    only_baseline: tuple[int, ...]
+    only_treated: tuple[int, ...]
+    difference: Difference
+    verdict: Verdict
+    p_holm: float | None = None
+    verdict_holm: Verdict = "too few seeds"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All arms, and what was left out.
+
+    Attributes:
+        metric: name of the number compared.
+        confidence: of the intervals, in (0, 1).
+        arms: group by group, each by ascending weight.
+        num_runs: read, of every kind below.
+        num_unfinished: left out.
+        num_without_metric: finished, but without a finite value of the metric; left out.
+        num_repeated: finished again with the same settings and seed; only the last one counts.
+        largest_repeat_gap: by how much a repeated run's metric is off the one that counts.
+        lone_groups: groups (in words) with a baseline only, or with DRLoc only.
+    """
+
+    metric: str
+    confidence: float
+    arms: tuple[Arm, ...]
+    num_runs: int
+    num_unfinished: int
+    num_without_metric: int
+    num_repeated: int
+    largest_repeat_gap: float
+    lone_groups: tuple[str, ...]
+
+
+def compare(records: Sequence[RunRecord], metric: str, confidence: float = 0.95) -> Comparison:
+    """Every arm that the runs have, against its baseline.
+
+    Args:
+        records: in the order they were recorded: of equal runs the last finished one counts.
+        metric: its name; those with ``accuracy`` in it must be fractions.
+        confidence: of the intervals, in (0, 1).
+
+    Raises:
+        DataError: no finished run has the metric, no two runs pair up, or an accuracy is above 1.
+    """
+    finished = [record for record in records if record.finished]
+    measured = [one for one in finished if math.isfinite(one.metrics.get(metric, math.nan))]
+    _check_metric(finished, measured, metric)
+    kept, gap = _last_of_each(measured, metric)
+    groups: dict[str, list[RunRecord]] = defaultdict(list)
+    for record in kept:
+        groups[record.pair_key].append(record)
+    labels = group_labels({key: [run.config for run in runs] for key, runs in groups.items()})
+    order = sorted(groups, key=lambda key: (labels[key], key))
+    arms = [arm for key in order for arm in _arms(groups[key], labels[key], metric, confidence)]
+    if not any(arm.seeds for arm in arms):
+        raise DataError(_why_nothing_pairs(kept))
+    return Comparison(
+        metric=metric,
+        confidence=confidence,
+        arms=_judged_together(arms, 1 - confidence),
+        num_runs=len(records),
+        num_unfinished=len(records) - len(finished),
+        num_without_metric=len(finished) - len(measured),
+        num_repeated=len(measured) - len(kept),
+        largest_repeat_gap=gap,
+        lone_groups=tuple(
+            f"{labels[key]}: {told}" for key in order if (told := _lone(groups[key]))
+        ),
+    )
+
+
+def is_fraction(metric: str) -> bool:
+    """Whether the metric is a fraction in [0, 1], to be shown in per cent."""
+    return "accuracy" in metric
+
+
+def is_lower_better(metric: str) -> bool:
+    """Whether less of the metric is better."""
+    return any(word in metric for word in ("loss", "error"))
+
+
+def _check_metric(
+    finished: Sequence[RunRecord], measured: Sequence[RunRecord], metric: str
+) -> None:
+    if not finished:
+        raise DataError("none of the runs is finished: compare them when they are")
+    if not measured:
+        known = sorted({name for record in finished for name in record.metrics})
+        raise DataError(f"no finished run has the metric {metric!r}{did_you_mean(metric, known)}")
+    for record in measured:
+        value = record.metrics[metric]
+        if is_fraction(metric) and not 0 <= value <= 1:
+            raise DataError(
+                f"{metric} must be a fraction in [0, 1], got {value:g} in {record.where}"
+            )
+
+
+def _last_of_each(records: Sequence[RunRecord], metric: str) -> tuple[list[RunRecord], float]:
+    """The last run of each group, setting and seed; how far the metric of another one is off it."""
+    runs: dict[tuple[str, _Setting, int], list[RunRecord]] = defaultdict(list)
+    for record in records:
+        runs[record.pair_key, _setting(record), record.seed].append(record)
+    gaps = [
+        abs(one.metrics[metric] - same[-1].metrics[metric])
+        for same in runs.values()
+        for one in same
+    ]
+    return [same[-1] for same in runs.values()], max(gaps)
+
+
+def _setting(record: RunRecord) -> _Setting:
+    """The drloc group of a run; with weight 0 its other knobs decide nothing."""
+    if record.drloc_weight == 0:
+        return _BASELINE
+    drloc = {name: value for name, value in record.config.items() if name.startswith(LOSS)}
+    return tuple(sorted({WEIGHT: f"{record.drloc_weight:g}", **drloc}.items()))
+
+
+def _arms(runs: Sequence[RunRecord], group: str, metric: str, confidence: float) -> list[Arm]:
+    """The arms of one group by weight; none where it has no baseline."""
+    by_setting: dict[_Setting, dict[int, RunRecord]] = defaultdict(dict)
+    for run in runs:
+        by_setting[_setting(run)][run.seed] = run
+    baseline = by_setting.pop(_BASELINE, {})
+    if not baseline:
+        return []
+    settings = sorted(
+        by_setting, key=lambda one: (next(iter(by_setting[one].values())).drloc_weight, one)
+    )
+    arms = []
+    for setting in settings:
+        treated = by_setting[setting]
+        seeds = sorted(baseline.keys() & treated.keys())
+        sides = [[side[seed].metrics[metric] for seed in seeds] for side in (baseline, treated)]
+        difference = difference_of(np.array(sides[0]), np.array(sides[1]), confidence)
+        arms.append(
+            Arm(
+                group=group,
+                pair_key=runs[0].pair_key,
+                setting=setting_label(dict(setting), [dict(one) for one in settings]),
+                drloc=dict(setting),
+                seeds=tuple(seeds),
+                baseline=tuple(sides[0]),
+                treated=tuple(sides[1]),
+                only_baseline=tuple(sorted(baseline.keys() - treated.keys())),
+                only_treated=tuple(sorted(treated.keys() - baseline.keys())),
+                difference=difference,
+                verdict=verdict_of(difference.interval, is_lower_better(metric)),
+            )
+        )
+    return arms
+
+
+def _judged_together(arms: Sequence[Arm], level: float) -> tuple[Arm, ...]:
+    """The arms with the p-values and verdicts that hold for all of them at once."""
+    tested = {i: p for i, arm in enumerate(arms) if (p := arm.difference.p_student) is not None}
+    judged = list(arms)
+    for index, p_holm in zip(tested, holm(list(tested.values())), strict=True):
+        verdict: Verdict = arms[index].verdict if p_holm < level else "no difference shown"
+        judged[index] = replace(arms[index], p_holm=p_holm, verdict_holm=verdict)
+    return tuple(judged)
+
+
+def _lone(runs: Sequence[RunRecord]) -> str:
+    """What a group lacks, and how to make it; empty where it has both sides."""
+    with_loss = sum(run.drloc_weight > 0 for run in runs)
+    if 0 < with_loss < len(runs):
+        return ""
+    if with_loss:
+        return f"{with_loss} runs with DRLoc and no baseline (--drloc.weight 0)"
+    return f"{len(runs)} baselines and no run with DRLoc (--drloc.weight 0.5)"
+
+
+def _why_nothing_pairs(runs: Sequence[RunRecord]) -> str:
+    """One line: what there is, what it lacks, and the command that mends it."""
+    treated = [run for run in runs if run.drloc_weight > 0]
+    baseline = [run for run in runs if run.drloc_weight == 0]
+    if not baseline:
+        return (
+            f"the {len(treated)} finished runs have no baseline: run the same commands again with "
+            "--drloc.weight 0"
+        )
+    if not treated:
+        return (
+            f"the {len(baseline)} finished runs are all baselines (--drloc.weight 0): run the same "
+            "commands again with --drloc.weight 0.5"
+        )
+    configs = [run.config for run in treated], [run.config for run in baseline]
+    nearest = nearest_settings(*configs) or "settings that were not recorded"
+    return (
+        f"{len(treated)} runs with DRLoc and {len(baseline)} without do not pair: the nearest "
+        f"differ in {nearest}; run the same command again with --drloc.weight 0"
+    )

@@ -1,0 +1,198 @@
+"""A trained classifier as an ONNX file that has been shown to give the network's own logits.
+
+The packages it takes are an extra of ours, ``patchseed[export]``, and are looked for only when an
+export is asked for. The network is traced by ``torch.export``, so one whose path depends on pixels
+cannot be exported. To write another version of ONNX's operators: change ``OPSET``.
+
+Shape letters:  B images   H, W rows and columns in pixels   K classes
+"""
+
+import copy
+import functools
+import hashlib
+import importlib
+import importlib.util
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import ConfigError, WeightsError
+from pipeline.storage import Location, one_line
+
+ONNX_NAME = "model.onnx"
+OPSET = 18
+"""Version of ONNX's operators in the file; runtimes from 2023 on know it."""
+
+TOLERANCE = 1e-4
+"""How far a logit may be off, as a share of the largest one."""
+
+BATCHES = (1, 3)
+"""Numbers of images the file is tried with; it was traced with another one."""
+
+_NEEDED = ("onnx", "onnxscript", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class OnnxCheck:
+    """How well the ONNX file agrees with the network it was made from."""
+
+    file: str
+    """Where it lies."""
+
+    sha256: str
+    opset: int
+    batches: tuple[int, ...]
+    """Numbers of images that were compared, random ones."""
+
+    max_difference: float
+    """The largest difference of a logit, absolute."""
+
+    largest_logit: float
+    """What the difference is to be compared with; absolute."""
+
+    @property
+    def relative_difference(self) -> float:
+        """The largest difference as a share of the largest logit."""
+        return self.max_difference / self.largest_logit
+
+
+class _Logits(nn.Module):
+    """The classifier without its grids."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``(B, K)`` logits."""
+        logits_BK: Tensor = self.model(images).logits_BK
+        return logits_BK
+
+
+def export_onnx(model: nn.Module, folder: Location, image_size: int) -> OnnxCheck:
+    """Write ``model.onnx``: ``images`` (B, 3, image_size, image_size) in, ``logits`` (B, K) out.
+
+    B is free. Inputs are normalised as config.json says. The file appears in the folder only after
+    ONNX Runtime has given the network's logits with it; one of an earlier export is deleted first.
+
+    Args:
+        model: A ``GridClassifier``; it is left as it is.
+        folder: Of a disk or a bucket.
+        image_size: Side of the input in pixels.
+
+    Raises:
+        ConfigError: a package of ``patchseed[export]`` is not installed.
+        WeightsError: the network cannot be exported, or the file computes something else.
+        StorageError: the folder cannot be written.
+    """
+    _require_packages()
+    place = folder.child(ONNX_NAME)
+    place.delete()
+    logits = _Logits(copy.deepcopy(model)).cpu().float().eval().requires_grad_(False)
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / ONNX_NAME
+        _write(logits, path, image_size)
+        difference, largest = _compare(logits, path, image_size)
+        # Not "greater than": a NaN must not pass.
+        if not difference <= TOLERANCE * largest:
+            raise WeightsError(
+                f"{ONNX_NAME} was not written: its logits are off by up to {difference:.3g}, "
+                f"allowed is {TOLERANCE:g} of the largest, {largest:.3g}; use model.safetensors"
+            )
+        content = path.read_bytes()
+    place.write_bytes(content)
+    sha256 = hashlib.sha256(content).hexdigest()
+    return OnnxCheck(str(place), sha256, OPSET, BATCHES, difference, largest)
+
+
+def _require_packages() -> None:
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"an ONNX file needs {', '.join(_NEEDED)}, of which {', '.join(missing)} is not "
+            "installed: pip install patchseed[export]"
+        )
+
+
+def _write(logits: nn.Module, path: Path, image_size: int) -> None:
+    """Trace the network and write its graph with the weights in it."""
+    # Two images: the tracer takes a size of 0 or 1 for a fixed one.
+    example_B3HW = torch.zeros(2, 3, image_size, image_size)
+    try:
+        with _quietly():
+            # Traced here: torch.onnx, where it cannot keep the batch free, would fix it in silence.
+            program = torch.export.export(
+                logits,
+                (example_B3HW,),
+                dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}},
+                strict=False,
+            )
+            torch.onnx.export(
+                program,
+                f=path,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=["images"],
+                output_names=["logits"],
+                external_data=False,
+                verbose=False,
+            )
+    except Exception as fault:  # whatever the tracer, the converter and the writer complain of
+        reason = one_line(fault, 200)
+        raise WeightsError(
+            f"the network cannot be exported to ONNX ({type(fault).__name__}: {reason}); "
+            "use model.safetensors"
+        ) from fault
+
+
+def _compare(logits: nn.Module, path: Path, image_size: int) -> tuple[float, float]:
+    """The largest difference of a logit, and the largest logit, over batches of random images."""
+    runtime: Any = importlib.import_module("onnxruntime")
+    providers = ["CPUExecutionProvider"]
+    session = _asking(functools.partial(runtime.InferenceSession, path, providers=providers))
+    generator = torch.Generator().manual_seed(0)
+    differences, sizes = [], []
+    for batch in BATCHES:
+        images_B3HW = torch.randn(batch, 3, image_size, image_size, generator=generator)
+        with torch.inference_mode():
+            expected_BK = logits(images_B3HW)
+        inputs = {"images": images_B3HW.numpy()}
+        found_BK = torch.from_numpy(_asking(functools.partial(session.run, ["logits"], inputs))[0])
+        differences.append((found_BK - expected_BK).abs().max())
+        sizes.append(expected_BK.abs().max())
+    return float(torch.stack(differences).max()), float(torch.stack(sizes).max())
+
+
+def _asking(action: Callable[[], Any]) -> Any:
+    """What ONNX Runtime answers; its complaint becomes one line."""
+    try:
+        return action()
+    except Exception as fault:  # its exceptions share no other base
+        raise WeightsError(
+            f"{ONNX_NAME} was not written: ONNX Runtime cannot use it ({one_line(fault, 200)}); "
+            "use model.safetensors"
+        ) from fault
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """The exporter tells its inner life in warnings and logs; what matters is raised."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

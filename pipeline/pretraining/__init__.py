@@ -1,0 +1,1 @@
+"""What networks are trained on: labels with DRLoc beside them. The loop is in training/."""

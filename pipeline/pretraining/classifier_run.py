@@ -1,0 +1,328 @@
+"""One training run from its settings to its results, on this worker; knows no Ray.
+
+The same function trains in this process, under torchrun and as a Ray Train worker: who trains
+together is asked of torch (training/workers.py). Rank 0 alone writes; all read the same folder.
+"""
+
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.config import TrainClassifierJob, flatten
+from pipeline.data.batches import BatchLoader
+from pipeline.data.pseudo_labels import config_hash
+from pipeline.errors import StorageError
+from pipeline.evaluation.confusion import Confusion, count_confusion
+from pipeline.models.exporting import ClassifierDescription, Preprocessing, export_classifier
+from pipeline.pretraining.classifier_setup import ClassifierSetup, set_up
+from pipeline.pretraining.figures import confusion_picture, curves_picture
+from pipeline.pretraining.run_folder import RunFolder, run_name
+from pipeline.pretraining.run_record import RunRecord, log_history, log_results, open_tracker
+from pipeline.pretraining.step_fault import keep_fault
+from pipeline.tracking import OFF, NoTracker, Tracker
+from pipeline.training.loop import AUTOCAST, Hooks, StepFault, train
+from pipeline.training.workers import Workers
+
+
+@dataclass(frozen=True)
+class Outside:
+    """What a run tells to whoever started it, rank 0 alone but for ``report``."""
+
+    tell: Callable[[str], None]
+    """A line for people."""
+
+    report: Callable[[dict[str, float]], None] = lambda numbers: None
+    """An epoch's numbers, from every worker: Ray Train counts the calls."""
+
+
+def train_classifier_here(
+    job: TrainClassifierJob, folder: RunFolder, workers: Workers, outside: Outside
+) -> dict[str, Any]:
+    """Train until the job's last epoch, from where the folder's checkpoints end.
+
+    A finished run is not trained again: its results are told, and sent to MLflow, once more.
+
+    Returns:
+        The summary that also lies in the folder.
+
+    Raises:
+        PatchseedError: as errors.py lists; finished epochs are kept.
+    """
+    finished = workers.from_first(folder.summary() if workers.is_first else None)
+    if finished is not None:
+        if workers.is_first:
+            outside.tell(f"{folder.place} is finished already: these are its results")
+            _tell_again(job, folder, finished)
+        outside.report(finished["metrics"])
+        return dict(finished)
+    setup = set_up(job, workers)
+    record = _open_record(job, folder, setup, outside) if workers.is_first else None
+    tracker = record.tracker if record else NoTracker()
+    with tracker:
+        _go_back_to_latest(folder, setup, workers, record)
+        run = _Run(job, folder, workers, outside, setup, record)
+        train(setup.task, setup.state, setup.settings, workers, run.hooks())
+        return run.finish(tracker)
+
+
+@dataclass
+class _Run:
+    """The run while it trains: what happens after each epoch, and at the end."""
+
+    job: TrainClassifierJob
+    folder: RunFolder
+    workers: Workers
+    outside: Outside
+    setup: ClassifierSetup
+    record: RunRecord | None
+    _began: float = 0.0
+
+    def hooks(self) -> Hooks:
+        self._began = time.monotonic()
+        return Hooks(
+            on_epoch_end=self._after_epoch,
+            on_step=self.record.on_step if self.record else lambda key, num_images: None,
+            on_fault=self._keep_fault,
+        )
+
+    def _after_epoch(self, epoch: int, numbers: dict[str, float]) -> None:
+        """Validate, write a checkpoint, tell."""
+        terms = ("train/cross_entropy", "train/drloc_weighted")
+        numbers["train/loss"] = sum(numbers[name] for name in terms if name in numbers)
+        numbers["val/accuracy"] = self._measure(self.setup.validation).accuracy
+        numbers["seconds"] = time.monotonic() - self._began
+        self._began = time.monotonic()
+        if self.record is not None:
+            self.record.on_epoch(epoch, numbers)
+            state = {"loop": self.setup.state.state_dict(), "history": self.record.history}
+            self.folder.checkpoints.save(epoch, state, score=numbers["val/accuracy"])
+        self.outside.report(numbers)
+
+    def _measure(self, images: BatchLoader) -> Confusion:
+        return measure(self.setup, images, self.workers, self.job.precision)
+
+    def _keep_fault(self, fault: StepFault) -> str:
+        return keep_fault(fault, self.job, self.folder, self.setup.state.objective, self.workers)
+
+    def finish(self, tracker: Tracker) -> dict[str, Any]:
+        """Test the last and the selected epoch, write the model, the pictures and the summary."""
+        metrics = {"val/accuracy_last": self._measure(self.setup.validation).accuracy}
+        if self.setup.test is not None:
+            metrics["test/accuracy_last"] = self._measure(self.setup.test).accuracy
+        best = self.folder.checkpoints.best()
+        if best is None:
+            raise StorageError(f"{self.folder.place} holds no checkpoint of this run any more")
+        self.setup.state.load_state_dict(best.state["loop"])
+        confusion = self._measure(self.setup.test or self.setup.validation)
+        metrics["val/accuracy_best"] = float(best.score or 0.0)
+        metrics["selected_epoch"] = best.epoch + 1
+        if self.setup.test is not None:
+            metrics["test/accuracy_selected"] = confusion.accuracy
+        summary = self._summary(metrics)
+        if self.record is not None:
+            self._write_results(summary, confusion, tracker)
+        self.workers.wait()
+        self.outside.report(metrics)
+        return summary
+
+    def _summary(self, metrics: dict[str, float]) -> dict[str, Any]:
+        weights = self.setup.weights
+        return {
+            "kind": "classifier",
+            "finished": True,
+            "name": run_name(self.job),
+            "config_hash": config_hash(self.job.what_decides_the_weights()),
+            "pair_key": config_hash(self.job.what_pairs()),
+            "config": self.job.model_dump(mode="json"),
+            "data": self.setup.data.describe(),
+            "grids": self.setup.task.objective.classifier.grid_shapes(
+                (self.setup.augment.image_size, self.setup.augment.image_size)
+            ),
+            "started_from": None if weights is None else weights.sha256,
+            "metrics": metrics,
+            "num_workers": self.workers.size,
+            "versions": versions(),
+            "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+
+    def _write_results(
+        self, summary: dict[str, Any], confusion: Confusion, tracker: Tracker
+    ) -> None:
+        assert self.record is not None
+        model = self.folder.place.child("model")
+        export_classifier(self.setup.evaluated, describe(self.job, self.setup, summary), model)
+        figures = {
+            "curves": curves_picture(self.record.history, self.record.floor_cells),
+            "confusion": confusion_picture(confusion, self.setup.data.classes),
+        }
+        for name, picture in figures.items():
+            self.folder.place.child("figures").child(f"{name}.png").write_bytes(picture)
+        self.folder.write_json("summary.json", summary)
+        log_results(tracker, summary, figures)
+        for file in model.files():
+            tracker.log_artifact_bytes(file.read_bytes(), f"model/{file.name}")
+
+
+@torch.inference_mode()
+def measure(
+    setup: ClassifierSetup, images: BatchLoader, workers: Workers, precision: str
+) -> Confusion:
+    """The confusion over all images of all workers, of the network that would be exported."""
+    network = setup.evaluated
+    was_training = network.training
+    network.eval()
+    num_classes = len(setup.data.classes)
+    counts_KK = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=workers.device)
+    kind = AUTOCAST[precision]
+    for batch in images:
+        images_B3HW = batch.images_B3HW.to(workers.device, non_blocking=True)
+        if setup.task.channels_last:
+            images_B3HW = images_B3HW.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(workers.device.type, dtype=kind, enabled=kind is not None):
+            predicted_B = network(images_B3HW).logits_BK.argmax(dim=1)
+        true_B = batch.labels_B.to(workers.device, non_blocking=True)
+        counts_KK += count_confusion(true_B, predicted_B, num_classes)
+    network.train(was_training)
+    # Once over the whole set: workers may have different numbers of batches.
+    return Confusion(workers.total(counts_KK).cpu().numpy())
+
+
+def _go_back_to_latest(
+    folder: RunFolder, setup: ClassifierSetup, workers: Workers, record: RunRecord | None
+) -> None:
+    """Continue after the newest whole checkpoint, if there is one.
+
+    Raises:
+        StorageError: the workers do not see the same folder, or no checkpoint can be read.
+    """
+    latest = folder.checkpoints.latest()
+    epoch = -1 if latest is None else latest.epoch
+    if workers.from_first(epoch) != epoch:
+        raise StorageError(
+            f"--output must be on storage that all workers see, got {folder.place}: worker "
+            f"{workers.rank} finds other checkpoints there than worker 0"
+        )
+    if latest is None:
+        return
+    setup.state.load_state_dict(latest.state["loop"])
+    if record is not None:
+        record.history[:] = latest.state["history"]
+        record.tell(f"going on after epoch {epoch + 1} of {setup.settings.num_epochs}")
+
+
+def _open_record(
+    job: TrainClassifierJob, folder: RunFolder, setup: ClassifierSetup, outside: Outside
+) -> RunRecord:
+    drloc = setup.task.objective.drloc
+    for line in describe_lines(setup):
+        outside.tell(line)
+    tracker = open_job_tracker(job, folder)
+    _log_settings(tracker, job)
+    tracker.set_tags({f"data.{name}": value for name, value in setup.data.describe().items()})
+    return RunRecord(
+        folder=folder,
+        tracker=tracker,
+        tell=outside.tell,
+        num_epochs=setup.settings.num_epochs,
+        steps_per_epoch=setup.task.steps_per_epoch,
+        every_s=job.progress_seconds,
+        floor_cells=None if drloc is None else drloc.floor_cells,
+    )
+
+
+def describe_lines(setup: ClassifierSetup) -> list[str]:
+    """What is about to be trained on what, and against which floor."""
+    data, drloc = setup.data, setup.task.objective.drloc
+    num_weights = sum(one.numel() for one in setup.task.objective.classifier.parameters())
+    side = setup.augment.image_size
+    grids = setup.task.objective.classifier.grid_shapes((side, side))
+    shown = ", ".join(f"{height} x {width} x {depth}" for depth, height, width in grids)
+    fingerprint = data.fingerprint
+    lines = [
+        f"{data.name}: {fingerprint.num_train:,} training, {fingerprint.num_validation:,} "
+        f"validation and {fingerprint.num_test:,} test images of {len(data.classes)} classes; "
+        f"the best epoch is chosen on the {data.selected_on} images",
+        *data.notes,
+        f"network: {num_weights:,} weights at {side} px, grid {shown}; "
+        f"{setup.task.steps_per_epoch} steps per epoch",
+    ]
+    if drloc is None:
+        return [*lines, "DRLoc is off: this is the paired baseline"]
+    return [*lines, f"DRLoc: a constant guess is off by {drloc.floor_cells:.3f} cells"]
+
+
+def open_job_tracker(job: TrainClassifierJob, folder: RunFolder) -> Tracker:
+    """The MLflow run of the job's run folder."""
+    if job.tracking_uri == OFF:
+        return NoTracker()
+    name = job.run_name or run_name(job)
+    local = Path(folder.place.path) if folder.place.is_local else Path(tempfile.gettempdir())
+    return open_tracker(
+        folder,
+        uri=job.tracking_uri,
+        experiment=job.experiment,
+        run_name=name,
+        spool=local / "_tracking",
+    )
+
+
+def _log_settings(tracker: Tracker, job: TrainClassifierJob) -> None:
+    tracker.log_params(flatten(job.model_dump(mode="json")))
+    tracker.set_tags(
+        {
+            "patchseed.kind": "classifier",
+            "patchseed.finished": "false",
+            "patchseed.config_hash": config_hash(job.what_decides_the_weights()),
+            "patchseed.pair_key": config_hash(job.what_pairs()),
+            "patchseed.run": run_name(job),
+        }
+    )
+
+
+def _tell_again(job: TrainClassifierJob, folder: RunFolder, summary: dict[str, Any]) -> None:
+    with open_job_tracker(job, folder) as tracker:
+        _log_settings(tracker, job)
+        latest = folder.checkpoints.latest()
+        if latest is not None:
+            log_history(tracker, latest.state["history"])
+        log_results(tracker, summary, {})
+
+
+def describe(
+    job: TrainClassifierJob, setup: ClassifierSetup, summary: dict[str, Any]
+) -> ClassifierDescription:
+    """What an exported model says of itself."""
+    augment = setup.augment
+    return ClassifierDescription(
+        architecture=job.model.name,
+        classes=setup.data.classes,
+        preprocessing=Preprocessing(
+            image_size=augment.image_size,
+            mean=augment.mean,
+            std=augment.std,
+            crop="whole" if augment.crop == "pad" else "centre",
+            crop_pct=augment.crop_pct,
+        ),
+        image_size=augment.image_size,
+        patch_size=setup.patch_size,
+        drop_path=job.model.drop_path,
+        stages=job.drloc.stages,
+        tap=job.model.tap,
+        options=job.model.option_values(),
+        metrics=summary["metrics"],
+        made_by={name: value for name, value in summary.items() if name != "metrics"},
+    )
+
+
+def versions() -> dict[str, str]:
+    """What the numbers may depend on."""
+    packages = ("patchseed", "torch", "torchvision", "timm")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}

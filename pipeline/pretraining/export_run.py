@@ -1,0 +1,32 @@
+"""A finished run's model, copied to where it is wanted, with an ONNX file beside it."""
+
+from collections.abc import Iterator
+
+from pipeline.errors import StorageError
+from pipeline.models.exporting import load_classifier
+from pipeline.models.onnx_export import export_onnx
+from pipeline.pretraining.run_folder import RunFolder
+from pipeline.storage import Location
+
+
+def export_run(run: RunFolder, target: Location, *, onnx: bool) -> Iterator[str]:
+    """Write the run's model to ``target``; yields a line for each thing written.
+
+    Raises:
+        StorageError: the run has no model, or ``target`` cannot be written.
+        WeightsError: the ONNX file does not give the network's numbers.
+    """
+    files = list(run.place.child("model").files())
+    if not files:
+        raise StorageError(f"{run.place} holds no model yet: the run is not finished")
+    for file in files:
+        target.child(file.name).write_bytes(file.read_bytes())
+        yield f"exported {target.child(file.name)}"
+    if onnx:
+        classifier = load_classifier(str(target))
+        side = classifier.description.preprocessing.image_size
+        check = export_onnx(classifier.module, target, side)
+        yield (
+            f"exported {check.file}: its logits differ by at most "
+            f"{check.max_difference:.1e} from the network's"
+        )

@@ -1,0 +1,140 @@
+"""What a run tells while it trains: lines for people, numbers for MLflow, a history for both.
+
+Only rank 0 has one. Nothing here can stop the training: MLflow may be away (tracking.py), and what
+is written to the run's folder is written again after the next epoch.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import StorageError
+from pipeline.pretraining.run_folder import RunFolder
+from pipeline.progress import duration
+from pipeline.tracking import Tracker, start_tracker
+from pipeline.training.loop import StepKey
+
+Epoch = dict[str, float]
+"""The numbers of one epoch by name; ``epoch`` counts from 1."""
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass
+class RunRecord:
+    """The telling of one run."""
+
+    folder: RunFolder
+    tracker: Tracker
+    tell: Callable[[str], None]
+    num_epochs: int
+    steps_per_epoch: int
+    every_s: float
+    floor_cells: float | None
+    """The position error of the best constant guess, which a head that learns stays below."""
+
+    history: list[Epoch] = field(default_factory=list)
+    _told: float = field(default_factory=time.monotonic)
+    _epoch_began: float = field(default_factory=time.monotonic)
+    _images: int = 0
+
+    def on_step(self, key: StepKey, num_images: int) -> None:
+        """Tell from time to time how far the epoch is."""
+        self._images += num_images
+        now = time.monotonic()
+        step = key.step - key.epoch * self.steps_per_epoch + 1
+        if now - self._told < self.every_s or step == self.steps_per_epoch:
+            return
+        self._told = now
+        speed = self._images / max(now - self._epoch_began, 1e-9)
+        self.tell(
+            f"epoch {key.epoch + 1}/{self.num_epochs} step {step}/{self.steps_per_epoch} "
+            f"{speed:,.1f} img/s eta {self._time_left(key.epoch + step / self.steps_per_epoch)}"
+        )
+
+    def on_epoch(self, epoch: int, numbers: Mapping[str, float]) -> None:
+        """Keep, send and tell the numbers of a finished epoch."""
+        self.history.append({"epoch": epoch + 1, **numbers})
+        self.tracker.log_metrics(numbers, step=epoch + 1)
+        lines = "".join(json.dumps(one) + "\n" for one in self.history)
+        try:
+            self.folder.place.child("history.jsonl").write_bytes(lines.encode())
+        except StorageError as fault:
+            _LOG.warning("the history of epoch %d is not written: %s", epoch + 1, fault)
+        self.tell(f"epoch {epoch + 1}/{self.num_epochs} {self._shown(numbers)}")
+        self._told = self._epoch_began = time.monotonic()
+        self._images = 0
+
+    def _shown(self, numbers: Mapping[str, float]) -> str:
+        best = max(self.history, key=lambda one: (one["val/accuracy"], -one["epoch"]))
+        parts = [f"loss {numbers['train/loss']:.3f}"]
+        if "train/drloc" in numbers:
+            parts.append(
+                f"drloc {numbers['train/drloc']:.3f} (off by "
+                f"{numbers['train/drloc_error_cells']:.2f} cells, a constant by "
+                f"{self.floor_cells:.2f})"
+            )
+        parts.append(f"val {numbers['val/accuracy']:.2%}")
+        parts.append(f"best {best['val/accuracy']:.2%} (epoch {best['epoch']:.0f})")
+        parts.append(f"{numbers['train/images_per_second']:,.1f} img/s")
+        seconds = sum(one["seconds"] for one in self.history) / len(self.history)
+        left = self.num_epochs - int(self.history[-1]["epoch"])
+        if left:
+            parts.append(f"eta {duration(seconds * left)}")
+        return " ".join(parts)
+
+    def _time_left(self, epochs_done: float) -> str:
+        """By this epoch's speed; validation is not in it."""
+        here = epochs_done - int(epochs_done)
+        if not here:
+            return "?"
+        seconds = (time.monotonic() - self._epoch_began) / here
+        return duration(seconds * (self.num_epochs - epochs_done))
+
+
+def open_tracker(
+    folder: RunFolder, *, uri: str | None, experiment: str, run_name: str, spool: Path
+) -> Tracker:
+    """A tracker for the run; a run that goes on, or is told again, keeps its MLflow run.
+
+    Args:
+        folder: remembers the id of the MLflow run.
+        uri: where runs are recorded; another one starts a new MLflow run.
+        experiment: that it belongs to; another one starts a new MLflow run.
+        run_name: of the MLflow run.
+        spool: a local folder for what cannot be delivered.
+    """
+    place = {"uri": uri, "experiment": experiment}
+    known = folder.read_json("tracking.json") or {}
+    same = {name: known.get(name) for name in place} == place
+    tracker = start_tracker(
+        uri,
+        experiment=experiment,
+        run_name=run_name,
+        spool=spool,
+        run_id=known.get("run_id") if same else None,
+    )
+    run_id = tracker.wait_for_run_id()
+    if run_id is not None and run_id != known.get("run_id"):
+        folder.write_json("tracking.json", {**place, "run_id": run_id})
+    return tracker
+
+
+def log_results(tracker: Tracker, summary: Mapping[str, Any], figures: Mapping[str, bytes]) -> None:
+    """Send what a finished run came to."""
+    tracker.log_metrics(summary["metrics"])
+    tracker.set_tags({"patchseed.finished": "true"})
+    tracker.log_dict(summary, "summary.json")
+    for name, picture in figures.items():
+        tracker.log_artifact_bytes(picture, f"figures/{name}.png")
+
+
+def log_history(tracker: Tracker, history: Sequence[Epoch]) -> None:
+    """Send the numbers of all epochs again, for a tracker that may not have them."""
+    for numbers in history:
+        told = {name: value for name, value in numbers.items() if name != "epoch"}
+        tracker.log_metrics(told, step=int(numbers["epoch"]))

@@ -1,0 +1,120 @@
+"""Learning rate and loss weight over a run: numbers in, a number out, no state to save.
+
+To add a schedule: a function. One of the loss weight also needs a case in ``drloc_weight`` and its
+name in ``WeightSchedule``.
+"""
+
+import math
+from typing import Literal
+
+WeightSchedule = Literal["constant", "ramp", "ramp_decay"]
+
+
+def warmup_cosine(
+    step: int,
+    *,
+    peak: float,
+    total_steps: int,
+    warmup_steps: int = 0,
+    warmup_start: float = 0.0,
+    floor: float = 0.0,
+) -> float:
+    """The learning rate of update ``step`` (from 0), as timm's cosine schedule has it.
+
+    From ``warmup_start`` in a line towards ``peak`` over ``warmup_steps``, then half a cosine to
+    ``floor`` at ``total_steps``; after that ``floor``, so cool-down epochs need nothing more. The
+    cosine starts at step 0, not after the warm-up (timm's ``warmup_prefix=False``): the rate right
+    after a warm-up of 20 epochs in 300 is 0.989 of the peak.
+
+    Args:
+        step: updates made before this one.
+        peak: where the warm-up leads and the cosine starts.
+        total_steps: updates until the floor, cool-down not counted, at least 1.
+        warmup_steps: updates of the warm-up.
+        warmup_start: rate of the first update, where there is a warm-up.
+        floor: lowest rate.
+
+    Raises:
+        ValueError: ``total_steps`` is below 1, or ``step`` or ``warmup_steps`` below 0.
+    """
+    if total_steps < 1 or min(step, warmup_steps) < 0:
+        raise ValueError(
+            "total_steps must be at least 1, step and warmup_steps at least 0, "
+            f"got {total_steps}, {step} and {warmup_steps}"
+        )
+    if step < warmup_steps:
+        return warmup_start + step * (peak - warmup_start) / warmup_steps
+    if step >= total_steps:
+        return floor
+    return floor + 0.5 * (peak - floor) * (1 + math.cos(math.pi * step / total_steps))
+
+
+def warmup_cosine_one_late(
+    step: int,
+    *,
+    peak: float,
+    total_steps: int,
+    warmup_steps: int = 0,
+    warmup_start: float = 0.0,
+    floor: float = 0.0,
+) -> float:
+    """``warmup_cosine`` of the update before: the rates the released DRLoc code really used.
+
+    Like Swin's, it sets the rate after update n from n and not from n + 1, so that the first two
+    updates share the first rate. The difference is one step; this is for exact comparisons.
+    """
+    return warmup_cosine(
+        max(step - 1, 0),
+        peak=peak,
+        total_steps=total_steps,
+        warmup_steps=warmup_steps,
+        warmup_start=warmup_start,
+        floor=floor,
+    )
+
+
+def drloc_weight(
+    epoch: int, *, weight: float, schedule: WeightSchedule, ramp_epochs: int, total_epochs: int
+) -> float:
+    """Lambda of an epoch (from 0): what the localization loss is multiplied by.
+
+    Args:
+        epoch: from 0.
+        weight: lambda where it is highest.
+        schedule: ``constant`` is the paper, ``ramp_decay`` the released code.
+        ramp_epochs: for ramp and ramp_decay.
+        total_epochs: for ramp_decay alone.
+
+    Raises:
+        ValueError: there is no such schedule.
+    """
+    match schedule:
+        case "constant":
+            return weight
+        case "ramp":
+            return ramp(epoch, weight=weight, ramp_epochs=ramp_epochs)
+        case "ramp_decay":
+            return ramp_decay(
+                epoch, weight=weight, ramp_epochs=ramp_epochs, total_epochs=total_epochs
+            )
+    raise ValueError(f"schedule must be constant, ramp or ramp_decay, got {schedule!r}")
+
+
+def ramp(epoch: int, *, weight: float, ramp_epochs: int) -> float:
+    """In a line from 0 at epoch 0 to ``weight`` at ``ramp_epochs``, then ``weight``.
+
+    With ``ramp_epochs`` 0 it is ``weight`` from the start.
+    """
+    return weight * epoch / ramp_epochs if epoch < ramp_epochs else weight
+
+
+def ramp_decay(epoch: int, *, weight: float, ramp_epochs: int, total_epochs: int) -> float:
+    """``ramp``, then in a line down to 0 at ``total_epochs``, and 0 after it.
+
+    A run that ends before ``total_epochs`` (the released code: epoch 101 of 300) ends above 0.
+    """
+    if epoch <= ramp_epochs:
+        return ramp(epoch, weight=weight, ramp_epochs=ramp_epochs)
+    if epoch >= total_epochs:
+        return 0.0
+    return weight * (1 - (epoch - ramp_epochs) / (total_epochs - ramp_epochs))

@@ -1,0 +1,427 @@
+"""The loop against its arithmetic written out, cut in parts, over workers, stopped, and spoiled."""
+
+import copy
+import io
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.errors import TrainingDiverged
+from pipeline.training.loop import Hooks, LoopSettings, StepFault, StepKey, seed_epoch, train
+from pipeline.training.workers import Workers
+from tests.training.slow_loop import (
+    NUM_GLOBAL,
+    STEPS_PER_EPOCH,
+    TinyTask,
+    learning_rate,
+    tiny_network,
+    tiny_state,
+    train_slowly,
+)
+from tests.training.two_workers import TwoWorkers, two_workers
+
+ALONE = Workers(0, 1, torch.device("cpu"))
+CLIP = 0.4
+WHOLE = ((NUM_GLOBAL,),)
+Cuts = Sequence[Sequence[int]]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoWorkers]:
+    with two_workers(tmp_path_factory.mktemp("gloo")) as both:
+        yield both
+
+
+def settings(num_epochs: int = 3, **others: Any) -> LoopSettings:
+    return LoopSettings(num_epochs, learning_rate, seed=3, **{"clip": CLIP, **others})
+
+
+def keeping(history: list[dict[str, float]]) -> Hooks:
+    return Hooks(on_epoch_end=lambda epoch, numbers: history.append(numbers))
+
+
+def trained(
+    workers: Workers, cuts: Cuts = WHOLE, num_epochs: int = 3, **others: Any
+) -> tuple[dict[str, Any], list[dict[str, float]]]:
+    """The state and the history of a training of the tiny network in float64."""
+    network = tiny_network()
+    state, history = tiny_state(network), list[dict[str, float]]()
+    train(
+        TinyTask(network, workers, cuts),
+        state,
+        settings(num_epochs, **others),
+        workers,
+        keeping(history),
+    )
+    return copy.deepcopy(state.state_dict()), history
+
+
+def assert_same(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], within: float) -> None:
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=within, atol=within, msg=name)
+
+
+def assert_same_history(
+    found: Sequence[Mapping[str, float]], wanted: Sequence[Mapping[str, float]], within: float
+) -> None:
+    assert len(found) == len(wanted)
+    for numbers, expected in zip(found, wanted, strict=True):
+        assert {name: numbers[name] for name in expected} == pytest.approx(expected, rel=within)
+
+
+def same_bits(first: object, second: object) -> bool:
+    """Whether two nested states are equal in every bit."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        return first.keys() == second.keys() and all(
+            same_bits(value, second[key]) for key, value in first.items()
+        )
+    if isinstance(first, list | tuple) and isinstance(second, list | tuple):
+        pairs = itertools.zip_longest(first, second)
+        return all(same_bits(one, other) for one, other in pairs)
+    return first == second
+
+
+@pytest.mark.parametrize(
+    ("dtype", "clip", "within"),
+    [
+        (torch.float64, CLIP, 1e-11),
+        (torch.float64, 0.0, 1e-11),
+        (torch.float32, CLIP, 2e-4),
+    ],
+)
+def test_training_equals_a_loop_written_out(dtype: torch.dtype, clip: float, within: float) -> None:
+    network = tiny_network(dtype)
+    wanted = train_slowly(copy.deepcopy(network), num_epochs=4, clip=clip)
+    if clip:
+        # Otherwise clipping all, or nothing, would pass.
+        assert min(wanted.norms) < clip < max(wanted.norms)
+    state, history = tiny_state(network), list[dict[str, float]]()
+
+    train(TinyTask(network, ALONE), state, settings(4, clip=clip), ALONE, keeping(history))
+
+    assert_same(network.state_dict(), wanted.weights, within)
+    assert state.average is not None
+    assert_same(state.average.module.state_dict(), wanted.average, within)  # type: ignore[arg-type]
+    assert_same_history(history, wanted.history, within)
+    assert state.next_epoch == 4
+
+
+def test_cutting_a_batch_in_parts_changes_nothing_however_uneven() -> None:
+    whole, history = trained(ALONE)
+    for cut in ([4, 4], [3, 3, 2], [1, 6, 1], [7, 1]):
+        state, numbers = trained(ALONE, [cut])
+        assert_same(state["objective"], whole["objective"], 1e-11)
+        assert_same_history(numbers, [_without_speed(one) for one in history], 1e-11)
+
+
+def _without_speed(numbers: Mapping[str, float]) -> dict[str, float]:
+    return {name: one for name, one in numbers.items() if name != "train/images_per_second"}
+
+
+@pytest.mark.parametrize(
+    "cuts", [((4,), (4,)), ((5,), (3,)), ((1,), (7,)), ((2, 2), (2, 2)), ((3, 1, 1), (2, 1))]
+)
+def test_two_workers_equal_one_at_the_same_global_batch(pair: TwoWorkers, cuts: Cuts) -> None:
+    wanted = train_slowly(tiny_network(), num_epochs=3, clip=CLIP)
+    (first, told_first), (second, told_second) = pair.run(trained, cuts)
+    assert_same(first["objective"], wanted.weights, 1e-11)
+    # Means over all images of all workers, on both.
+    assert_same_history(told_first, wanted.history, 1e-11)
+    assert_same_history(told_second, wanted.history, 1e-11)
+    assert same_bits(first, second)
+
+
+def run_in_pieces(
+    workers: Workers, cuts: Cuts, stops: Sequence[int]
+) -> tuple[dict[str, Any], list[dict[str, float]]]:
+    """Train to each of ``stops``, each time in objects built anew from what was written."""
+    written, history = b"", list[dict[str, float]]()
+    for piece, stop in enumerate(stops):
+        # Another start, another past of the generators: neither may matter.
+        network = tiny_network(dropout=0.4, seed=1 + piece)
+        torch.manual_seed(1000 + piece)
+        state = tiny_state(network)
+        if written:
+            state.load_state_dict(torch.load(io.BytesIO(written), weights_only=True))
+        task = TinyTask(network, workers, cuts)
+        train(task, state, settings(stop), workers, keeping(history))
+        file = io.BytesIO()
+        torch.save(state.state_dict(), file)
+        written = file.getvalue()
+    return torch.load(io.BytesIO(written), weights_only=True), history
+
+
+@pytest.mark.parametrize("stops", [(1, 5), (3, 5), (1, 2, 4, 5)])
+def test_a_stopped_run_goes_on_bit_for_bit(stops: Sequence[int]) -> None:
+    whole, history = run_in_pieces(ALONE, WHOLE, [5])
+    resumed, told = run_in_pieces(ALONE, WHOLE, stops)
+    assert same_bits(resumed, whole)
+    assert list(map(_without_speed, told)) == list(map(_without_speed, history))
+
+
+def test_a_stopped_run_of_two_workers_goes_on_bit_for_bit(pair: TwoWorkers) -> None:
+    cuts = ((2, 3), (3,))
+    whole = pair.run(run_in_pieces, cuts, (4,))
+    resumed = pair.run(run_in_pieces, cuts, (2, 4))
+    for rank in range(2):
+        assert same_bits(resumed[rank][0], whole[rank][0])
+
+
+def test_dropout_differs_from_epoch_to_epoch_and_with_the_seed() -> None:
+    """Or the test above would pass with a generator that is never moved."""
+
+    def final(seed: int, epochs: Sequence[int]) -> Tensor:
+        network = tiny_network(dropout=0.4)
+        masks = []
+        network.dropout.register_forward_hook(lambda *seen: masks.append(seen[2] == 0))
+        state = tiny_state(network)
+        state.next_epoch = epochs[0]
+        told = LoopSettings(epochs[-1] + 1, learning_rate, seed=seed)
+        train(TinyTask(network, ALONE), state, told, ALONE, keeping([]))
+        return torch.stack(masks)
+
+    both = final(3, [0, 1])
+    assert not torch.equal(both[:STEPS_PER_EPOCH], both[STEPS_PER_EPOCH:])
+    assert torch.equal(final(3, [1]), both[STEPS_PER_EPOCH:])
+    assert not torch.equal(final(4, [1]), both[STEPS_PER_EPOCH:])
+
+
+@dataclass
+class Fall:
+    """What a training that ended in TrainingDiverged left."""
+
+    complaint: str
+    faults: list[StepFault]
+    steps: list[int]
+    untouched: bool
+    """Whether weights, average and moments are as after the last good step."""
+
+
+def run_into_fault(
+    workers: Workers, cuts: Cuts, spoiled: dict[int, float], added: dict[int, float]
+) -> Fall:
+    network = tiny_network()
+    state = tiny_state(network)
+    fall = Fall("", [], [], False)
+    kept: list[dict[str, Any]] = []
+
+    def keep_fault(fault: StepFault) -> str:
+        fall.faults.append(fault)
+        return "KEPT SOMEWHERE"
+
+    def keep_step(key: StepKey, num_images: int) -> None:
+        assert num_images == NUM_GLOBAL
+        fall.steps.append(key.step)
+        kept.append(copy.deepcopy(state.state_dict()))
+
+    hooks = Hooks(lambda epoch, numbers: None, keep_step, keep_fault)
+    task = TinyTask(network, workers, cuts, spoiled=spoiled, added=added)
+    with pytest.raises(TrainingDiverged) as complaint:
+        train(task, state, settings(), workers, hooks)
+    fall.complaint = str(complaint.value)
+    fall.untouched = same_bits(_without_rates(kept[-1]), _without_rates(state.state_dict()))
+    return fall
+
+
+def _without_rates(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {**state, "optimizer": state["optimizer"]["state"]}
+
+
+def are_finite(fault: StepFault) -> bool:
+    return all(math.isfinite(one) for losses in fault.losses for one in losses.values())
+
+
+# An infinite input makes the gradient NaN though tanh of it, and so the loss, is finite; an
+# infinite summand leaves the gradient finite.
+@pytest.mark.parametrize("spoiled", [{4: math.nan}, {4: math.inf}, {}])
+@pytest.mark.parametrize("cut", [[8], [4, 4]])
+def test_a_loss_or_gradient_that_is_not_finite_stops_before_any_weight_moved(
+    spoiled: dict[int, float], cut: Sequence[int]
+) -> None:
+    added = {} if spoiled else {4: math.inf}
+    fall = run_into_fault(ALONE, [cut], spoiled, added)
+    assert fall.steps == [0, 1, 2, 3]
+    assert fall.untouched
+    assert [(fault.key, len(fault.parts)) for fault in fall.faults] == [(StepKey(1, 4), len(cut))]
+    assert "step 4" in fall.complaint
+    assert "KEPT SOMEWHERE" in fall.complaint
+    assert "\n" not in fall.complaint
+
+
+@pytest.mark.parametrize("spoiled", [{4: math.nan}, {}])
+def test_a_fault_on_one_worker_stops_both_before_any_weight_moved(
+    pair: TwoWorkers, spoiled: dict[int, float]
+) -> None:
+    # The last input lies on worker 1, in the last of its parts.
+    cuts = ((2, 2), (3, 1))
+    falls = pair.run(run_into_fault, cuts, spoiled, {} if spoiled else {4: math.inf})
+    for fall in falls:
+        assert fall.steps == [0, 1, 2, 3]
+        assert fall.untouched
+        assert [fault.key for fault in fall.faults] == [StepKey(1, 4)]
+    assert [are_finite(fall.faults[0]) for fall in falls] == [True, False]
+
+
+@pytest.mark.parametrize("cut", [[8], [3, 5]])
+def test_measuring_gradient_norms_moves_no_weight(cut: Sequence[int]) -> None:
+    plain, history = trained(ALONE, [cut])
+    measured, told = trained(ALONE, [cut], gradient_norm_steps=2)
+    assert same_bits(measured, plain)
+    for numbers, expected in zip(told, history, strict=True):
+        wanted = _without_speed(expected)
+        assert {name: numbers[name] for name in wanted} == wanted
+        # The steps divisible by 2: 0 and 2, then 4, then 6 and 8.
+        assert {"grad_norm/fit", "grad_norm/small"} <= numbers.keys()
+
+
+def test_gradient_norms_are_those_of_each_term_alone() -> None:
+    wanted = train_slowly(tiny_network(), num_epochs=3, clip=CLIP).norms_of_terms
+    _, history = trained(ALONE, gradient_norm_steps=2)
+    assert_same_norms(history, wanted)
+
+
+@pytest.mark.parametrize("cuts", [((4,), (4,)), ((5,), (3,))])
+def test_gradient_norms_of_two_workers_are_those_of_the_global_batch(
+    pair: TwoWorkers, cuts: Cuts
+) -> None:
+    wanted = train_slowly(tiny_network(), num_epochs=3, clip=CLIP).norms_of_terms
+    plain = pair.run(_trained_with_norms, cuts, 0)
+    measured = pair.run(_trained_with_norms, cuts, 2)
+    for rank in range(2):
+        assert same_bits(measured[rank][0], plain[rank][0])
+        assert_same_norms(measured[rank][1], wanted)
+
+
+def _trained_with_norms(
+    workers: Workers, cuts: Cuts, every: int
+) -> tuple[dict[str, Any], list[dict[str, float]]]:
+    return trained(workers, cuts, gradient_norm_steps=every)
+
+
+def assert_same_norms(
+    history: Sequence[Mapping[str, float]], wanted: Sequence[Mapping[str, float]]
+) -> None:
+    for epoch, numbers in enumerate(history):
+        first = epoch * STEPS_PER_EPOCH
+        measured = [step for step in range(first, first + STEPS_PER_EPOCH) if step % 2 == 0]
+        for term in ("fit", "small"):
+            mean = sum(wanted[step][term] for step in measured) / len(measured)
+            assert numbers[f"grad_norm/{term}"] == pytest.approx(mean, rel=1e-6)
+
+
+def test_the_hooks_are_told_of_every_step_and_epoch() -> None:
+    network = tiny_network()
+    steps: list[tuple[StepKey, int]] = []
+    epochs: list[tuple[int, float, float]] = []
+    hooks = Hooks(
+        lambda epoch, told: epochs.append((epoch, told["weight"], told["train/images_per_second"])),
+        lambda key, num_images: steps.append((key, num_images)),
+    )
+    state = tiny_state(network)
+    state.next_epoch = 1
+    train(TinyTask(network, ALONE), state, settings(3), ALONE, hooks)
+    assert steps == [(StepKey(step // 3, step), NUM_GLOBAL) for step in range(3, 9)]
+    assert [one[:2] for one in epochs] == [(1, 11.0), (2, 12.0)]
+    assert all(speed > 0 for _, _, speed in epochs)
+
+
+def drawn_after(seed: int, epoch: int, rank: int) -> float:
+    with torch.random.fork_rng():
+        seed_epoch(seed, epoch, rank)
+        return float(torch.rand((), dtype=torch.float64))
+
+
+def test_seed_epoch_depends_on_each_of_its_numbers() -> None:
+    keys = list(itertools.product((0, 1, 2, 1000), (0, 1, 2, 299), (0, 1, 2, 7)))
+    assert len({drawn_after(*key) for key in keys}) == len(keys)
+    assert drawn_after(1, 2, 3) == drawn_after(1, 2, 3)
+
+
+@pytest.mark.parametrize("seed", [20_000_000, 2**32 - 1, 2**63 - 1])
+def test_seed_epoch_takes_every_seed_that_a_job_takes(seed: int) -> None:
+    assert drawn_after(seed, 0, 0) != drawn_after(seed, 1, 0)
+
+
+def test_bf16_computes_in_bf16_and_keeps_weights_in_fp32() -> None:
+    networks = {}
+    for precision in ("fp32", "bf16"):
+        network = networks[precision] = tiny_network(torch.float32)
+        told = settings(3, precision=precision, gradient_norm_steps=1)
+        train(TinyTask(network, ALONE), tiny_state(network), told, ALONE, keeping([]))
+    half, full = networks["bf16"], networks["fp32"]
+    assert (half.computed_in, full.computed_in) == (torch.bfloat16, torch.float32)
+    assert half.first.weight.dtype == torch.float32
+    assert not torch.equal(half.first.weight, full.first.weight)
+    # AdamW makes a step of every gradient's sign: a few small ones differ.
+    assert (half.first.weight - full.first.weight).abs().mean() < 0.02
+
+
+def train_fp16(
+    scale: float, spoiled: dict[int, float] | None = None, num_epochs: int = 3
+) -> tuple[list[float], list[dict[str, Any]], list[dict[str, float]]]:
+    """The loss scale and the state after each step, and the history."""
+    network = tiny_network(torch.float32)
+    state = tiny_state(network, scale=scale)
+    scales, states, history = [], [], list[dict[str, float]]()
+
+    def keep_step(key: StepKey, num_images: int) -> None:
+        scales.append(state.scaler.get_scale())
+        states.append(copy.deepcopy(state.state_dict()))
+
+    hooks = Hooks(lambda epoch, numbers: history.append(numbers), keep_step)
+    task = TinyTask(network, ALONE, spoiled=spoiled or {})
+    train(task, state, settings(num_epochs, precision="fp16"), ALONE, hooks)
+    assert network.computed_in == torch.float16
+    return scales, states, history
+
+
+def test_fp16_leaves_out_a_step_whose_gradient_overflows_and_halves_the_scale() -> None:
+    # float16 ends at 65,504: the first scaled gradients do not fit.
+    scales, states, history = train_fp16(2.0**20)
+    weights = tiny_network(torch.float32).state_dict()
+    before, left_out = 2.0**20, 0
+    for scale, state in zip(scales, states, strict=True):
+        skipped = same_bits(state["objective"], weights)
+        assert scale == (before / 2 if skipped else before)
+        left_out += skipped
+        before, weights = scale, state["objective"]
+    assert 0 < left_out < len(scales)
+    # A step that was not made is no reason to tell an infinite norm.
+    assert all(math.isfinite(one) for numbers in history for one in numbers.values())
+
+
+def test_fp16_goes_on_bit_for_bit_with_its_scale() -> None:
+    network, other = tiny_network(torch.float32), tiny_network(torch.float32, seed=9)
+    whole, begun = tiny_state(network, scale=2.0**20), tiny_state(other, scale=1.0)
+    states: list[dict[str, Any]] = []
+    hooks = Hooks(lambda epoch, numbers: states.append(copy.deepcopy(whole.state_dict())))
+    train(TinyTask(network, ALONE), whole, settings(4, precision="fp16"), ALONE, hooks)
+    begun.load_state_dict(states[1])
+    train(TinyTask(other, ALONE), begun, settings(4, precision="fp16"), ALONE, keeping([]))
+    assert same_bits(begun.state_dict(), states[3])
+
+
+def test_fp16_ends_when_no_scale_helps() -> None:
+    with pytest.raises(TrainingDiverged):
+        train_fp16(1.0, dict.fromkeys(range(60), math.nan), num_epochs=20)
+
+
+@pytest.mark.slow
+def test_gradient_norms_can_be_measured_of_a_compiled_network() -> None:
+    network = tiny_network(torch.float32)
+    plain, _ = copy.deepcopy(network), network.compile()
+    histories: list[list[dict[str, float]]] = []
+    for one in (plain, network):
+        histories.append([])
+        told = settings(1, gradient_norm_steps=2)
+        train(TinyTask(one, ALONE), tiny_state(one), told, ALONE, keeping(histories[-1]))
+    assert_same(network.state_dict(), plain.state_dict(), 1e-4)
+    assert_same_history(histories[1], [_without_speed(one) for one in histories[0]], 1e-4)
