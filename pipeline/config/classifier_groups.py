@@ -14,6 +14,7 @@ from pipeline.config.settings import (
     PositiveInt,
     Settings,
 )
+from pipeline.storage import one_line
 
 DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")
 
@@ -121,9 +122,8 @@ class ClassifierConfig(Settings):
         try:
             values = yaml.safe_load(text) if text.strip() else {}
         except yaml.YAMLError as fault:
-            raise ValueError(
-                f"options must be YAML such as '{{embed_dim: 48}}' ({fault})"
-            ) from None
+            shown = one_line(fault)
+            raise ValueError(f"options must be YAML such as '{{dim: 48}}' ({shown})") from None
         if not isinstance(values, dict):
             raise ValueError("options must be names and values, such as '{embed_dim: 48}'")
         return text

@@ -154,6 +154,25 @@ def cvt() -> Values:
     }
 
 
+def small() -> Values:
+    """For a laptop's cores: few labels of small images, minutes a run. Of no paper."""
+    return {
+        "epochs": 15,
+        "batch_size": 64,
+        "num_workers": 0,
+        "data": {"loader_workers": 0, "validation_fraction": 0.02, "train_per_class": 250},
+        "model": {"image_size": 32, "patch_size": 2, "drop_path": 0.0},
+        "augment": {"rand_augment": None, "random_erasing": 0.0, "mixup": 0.0, "cutmix": 0.0},
+        "optim": {
+            "lr": 1e-3,
+            "lr_batch": None,
+            "warmup_lr": 1e-5,
+            "min_lr": 1e-5,
+            "warmup_epochs": 2.0,
+        },
+    }
+
+
 RECIPES: dict[str, Callable[[], Values]] = {
     "sane": sane,
     "reference": reference,
@@ -161,8 +180,17 @@ RECIPES: dict[str, Callable[[], Values]] = {
     "t2t": t2t,
     "t2t-transfer": t2t_transfer,
     "cvt": cvt,
+    "small": small,
 }
 """Presets that say how, not on what."""
+
+# Networks of the three families cut down to where a core computes hundreds of images a second; all
+# end in a 4 x 4 grid.
+_NARROW = {
+    "swin": "{embed_dim: 32, depths: [1, 1, 2], num_heads: [1, 2, 4], window_size: 4}",
+    "cvt": "{dims: [32, 64, 128], depths: [1, 1, 2], heads: [1, 2, 4]}",
+    "t2t": "{token_dim: 32, dim: 96, depth: 4, heads: 3}",
+}
 
 
 def presets() -> dict[str, Values]:
@@ -171,12 +199,24 @@ def presets() -> dict[str, Values]:
     Rows: ``{sane,reference,paper}-DATA-MODEL`` (Table 4, and with ``-finetune`` Table 5),
     ``...-cifar100-swin-m32`` (Table 2a, the number of pairs), ``...-cifar100-cvt-lambda0.5``
     (Table 2b, the loss's weight), ``...-imagenet100-cvt-300ep`` (Table 3). Each row's baseline is
-    the same preset with ``--drloc.weight 0``.
+    the same preset with ``--drloc.weight 0``. ``small-{cifar10,folder}-{swin,cvt,t2t}``: narrow
+    networks for a laptop.
     """
     found = {name: recipe() for name, recipe in RECIPES.items()}
     for name in ("sane", "reference", "paper"):
         for row, values in _rows():
             found[f"{name}-{row}"] = merged(RECIPES[name](), values)
+    for model, options in _NARROW.items():
+        narrow = merged(_row("cifar10", model), {"model": {"options": options, "drop_path": 0.0}})
+        found[f"small-cifar10-{model}"] = merged(small(), narrow)
+        # A folder of photos, such as Oxford's 17 flowers, whose few images are all trained on.
+        photos = {
+            "epochs": 30,
+            "batch_size": 32,
+            "data": {"name": "folder", "validation_fraction": 0.1, "train_per_class": None},
+            "model": {"image_size": 64, "patch_size": 4},
+        }
+        found[f"small-folder-{model}"] = merged(found[f"small-cifar10-{model}"], photos)
     return found
 
 

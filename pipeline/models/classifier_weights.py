@@ -116,8 +116,8 @@ def _timm_weights(state: dict[str, Tensor], network: nn.Module, source: str) -> 
         return state
     try:
         with warnings.catch_warnings():
-            # Of timm's resampling of tables: it is done once, its speed does not matter.
-            warnings.filterwarnings("ignore", message="torch.searchsorted")
+            # torch complains about the speed and style of timm's resampling: not ours to mend.
+            warnings.simplefilter("ignore", UserWarning)
             return convert(dict(state), network)
     except Exception as fault:  # names of another network bring about any fault
         raise WeightsError(

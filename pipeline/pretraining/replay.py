@@ -231,9 +231,10 @@ def _told_of_step(step: KeptStep) -> list[str]:
     bad = [name for name, value in reach.items() if not math.isfinite(value)]
     largest = max((name for name in reach if name not in bad), key=reach.__getitem__, default="")
     extreme = f"; largest |weight| {reach[largest]:.3g} in {largest}" if largest else ""
+    weight = _drloc_weight(step.job, step.epoch)
     return [
         f"step {step.step} (epoch {step.epoch + 1}) of worker {step.rank} of {step.num_workers}: "
-        f"{step.job.model.name} on {step.job.data.name}, lambda {_drloc_weight(step.job, step.epoch):g}",
+        f"{step.job.model.name} on {step.job.data.name}, lambda {weight:g}",
         f"trained on {step.device} in {step.job.precision} with torch {step.torch}",
         f"weights before it: {_counted(bad, len(reach))}{extreme}",
     ]

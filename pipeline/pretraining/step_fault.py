@@ -1,8 +1,8 @@
 """A step that diverged, kept with all that it was computed from (replay.py computes it again).
 
-What is kept: the images after augmentation, the mixed labels, the pairs, all weights and buffers, the
-job's settings, and, where ``remember_random_states`` was called, torch's random states
-before each forward pass. Tensors and plain values alone: loading such a file runs nothing.
+What is kept: the images after augmentation, the mixed labels, the pairs, all weights and buffers,
+the job's settings, and, where ``remember_random_states`` was called, torch's random states before
+each forward pass. Tensors and plain values alone: loading such a file runs nothing.
 
 To keep more: a key in ``_content`` or ``_plain``, a field of ``KeptStep`` or ``KeptPart``, and
 another ``_VERSION`` if old files cannot do without it.

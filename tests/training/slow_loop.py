@@ -64,7 +64,8 @@ def examples(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def batch_indices(epoch: int) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(epoch)
-    yield from torch.randperm(NUM_GLOBAL * STEPS_PER_EPOCH, generator=generator).split(NUM_GLOBAL)
+    order_N = torch.randperm(NUM_GLOBAL * STEPS_PER_EPOCH, generator=generator)
+    yield from torch.split(order_N, NUM_GLOBAL)
 
 
 def learning_rate(step: int) -> float:
@@ -122,7 +123,8 @@ def tiny_state(network: TinyNetwork, *, scale: float | None = None) -> LoopState
     scales = {"first.weight": FIRST_LAYER_SCALE, "first.bias": FIRST_LAYER_SCALE}
     groups = parameter_groups(network, weight_decay=WEIGHT_DECAY, lr_scales=scales)
     optimizer = build_optimizer(groups, kind="adamw", lr=1.0, betas=BETAS)
-    average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(DECAY_OF_AVERAGE))
+    moving = get_ema_multi_avg_fn(DECAY_OF_AVERAGE)  # type: ignore[no-untyped-call]
+    average = AveragedModel(network, multi_avg_fn=moving)
     scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
     return LoopState(network, optimizer, average, scaler)
 

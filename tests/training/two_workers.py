@@ -72,6 +72,7 @@ def _serve(rank: int, meeting: Path, pipe: Connection) -> None:
             work, args = pickle.loads(pipe.recv_bytes())
         except EOFError:
             break
+        answer: tuple[Any, str | None]
         try:
             answer = (work(current_workers(), *args), None)
         except BaseException:  # failures of pytest are no Exceptions
