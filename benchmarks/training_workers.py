@@ -89,9 +89,12 @@ def pinned_workers(load: Load) -> Iterator[PinnedWorkers]:
         try:
             yield PinnedWorkers(pipes)
         finally:
-            for pipe, process in zip(pipes, processes, strict=True):
+            # All at once: a group ends together.
+            for pipe in pipes:
                 pipe.close()
+            for process in processes:
                 process.join(timeout=10)
+                process.kill()
 
 
 def _serve(where: tuple[int, int, str], load: Load, pipe: Connection) -> None:

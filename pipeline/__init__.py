@@ -3,16 +3,21 @@
 The rooms, from the ground up (imports only go downwards; `make check` proves it):
 
     errors.py          what can go wrong, and the exit code of each
-    config.py          every knob of every job
+    config/            every knob of every job, and the presets
     command_line.py    flags and YAML -> configuration -> exit code
     storage.py         a URI, its bytes, its atomic writes
     boxes.py           xyxy maths
-    models/            image -> patch tokens
-    data/              images, collections, ground truth, and THE table the stages meet in
+    models/            image -> patch tokens; image -> logits and grids
+    data/              images, collections, labels, and THE table the stages meet in
+    losses/            a grid of tokens -> DRLoc
+    training/          the loop, optimisers, schedules, checkpoints; it knows no task
     localization/      patch tokens -> one box (LOST, SoLOST); the rule is seed_expansion.py
-    evaluation/        CorLoc with its interval and its trivial baselines
+    evaluation/        CorLoc with its interval; paired comparisons of runs
     visualisation.py   what the method saw, as pictures
     tracking.py        MLflow, which may fail without harm
+    tracking_reader.py recorded runs, read back
+    compare_runs.py    runs -> the paired table
     labelling.py       a batch of images -> rows of the table (no Ray)
+    pretraining/       a classifier's run from settings to results (no Ray)
     cluster/           the only room that imports Ray
 """

@@ -61,11 +61,12 @@ def rate_after(job: TrainClassifierJob, epoch: int, steps: int = 48) -> float:
 
 
 def weight_in(job: TrainClassifierJob, epoch: int) -> float:
+    ramp = job.drloc.ramp_epochs
     return schedules.drloc_weight(
         epoch,
         weight=job.drloc.weight,
         schedule=job.drloc.schedule,
-        ramp_epochs=job.drloc.ramp_epochs,
+        ramp_epochs=round(job.optim.warmup_epochs) if ramp is None else ramp,
         total_epochs=job.optim.schedule_epochs or job.epochs,
     )
 

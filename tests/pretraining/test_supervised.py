@@ -10,8 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from pipeline.config import DataConfig, TrainClassifierJob
-from pipeline.config.classification import ClassifierConfig, DRLocConfig
+from pipeline.config import ClassifierConfig, DataConfig, DRLocConfig, TrainClassifierJob
 from pipeline.data.augment import AugmentOptions, MixOptions, train_transform
 from pipeline.data.batches import Batch, LoaderOptions, ShardedBatchSampler, train_loader
 from pipeline.pretraining.classifier_setup import build_objective

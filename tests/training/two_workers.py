@@ -47,13 +47,17 @@ def two_workers(folder: Path) -> Iterator[TwoWorkers]:
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(rank, folder / "meeting", theirs))
         process.start()
+        # Only the child's end may stay open, or its death would not be noticed.
+        theirs.close()
         pipes.append(ours)
         processes.append(process)
     try:
         yield TwoWorkers(pipes)
     finally:
-        for pipe, process in zip(pipes, processes, strict=True):
+        # All at once: a group ends together.
+        for pipe in pipes:
             pipe.close()
+        for process in processes:
             process.join(timeout=10)
             process.kill()
 

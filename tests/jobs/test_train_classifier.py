@@ -1,0 +1,179 @@
+"""Whole training runs as processes: killed, continued, shared, told again, exported."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import ROOT
+from tests.jobs import training
+from tests.jobs.conftest import kill, processes_below, wait_for
+
+# Float tolerance: a resumed run repeats the same sums, two workers add them in another order.
+SAME = 1e-6
+REORDERED = 2e-4
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return training.write_classes(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing happened to, without Ray."""
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    done = training.run(pictures, output, "--num-workers", "0")
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+def test_a_run_leaves_its_settings_numbers_model_and_pictures(uninterrupted: Path) -> None:
+    folder = training.run_folder(uninterrupted)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["finished"]
+    assert summary["metrics"]["test/accuracy_selected"] > 0.5
+    assert len((folder / "history.jsonl").read_text().splitlines()) == 6
+    for name in ("config.yaml", "model/model.safetensors", "model/config.json"):
+        assert (folder / name).stat().st_size > 0
+    assert {path.name for path in (folder / "figures").iterdir()} == {
+        "confusion.png",
+        "curves.png",
+    }
+
+
+def test_the_same_command_tells_a_finished_run_again_and_can_export_it(
+    pictures: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    before = training.final_weights(uninterrupted)
+    flags = ("--num-workers", "0", "--export", str(tmp_path / "model"), "--no-onnx")
+    done = training.run(pictures, uninterrupted, *flags)
+    assert done.returncode == 0, done.stderr
+    assert "finished already" in done.stdout
+    assert training.largest_difference(before, training.final_weights(uninterrupted)) == 0
+    assert (tmp_path / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_driver_goes_on_to_the_weights_of_an_uninterrupted_run(
+    pictures: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "killed"
+    process = training.start(pictures, output, "--num-workers", "0")
+    wait_for(lambda: training.epochs_done(output) >= 2, process)
+    kill(process)
+    assert training.epochs_done(output) < 6
+    done = training.run(pictures, output, "--num-workers", "0")
+    assert done.returncode == 0, done.stderr
+    assert "going on after epoch" in done.stdout
+    found = training.largest_difference(
+        training.final_weights(uninterrupted), training.final_weights(output)
+    )
+    assert found <= SAME
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_killed_ray_worker_is_replaced_and_the_weights_are_the_same(
+    pictures: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "worker"
+    process = training.start(pictures, output, "--num-workers", "1")
+    wait_for(lambda: training.epochs_done(output) >= 2, process)
+    workers = [
+        one for one in processes_below(process) if "RayTrainWorker" in " ".join(one.cmdline())
+    ]
+    assert len(workers) == 1
+    workers[0].send_signal(signal.SIGKILL)
+    assert training.epochs_done(output) < 6
+    assert process.wait(timeout=300) == 0, output.with_suffix(".log").read_text()
+    assert "going on after epoch" in output.with_suffix(".log").read_text()
+    found = training.largest_difference(
+        training.final_weights(uninterrupted), training.final_weights(output)
+    )
+    assert found <= SAME
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_two_ray_workers_train_the_weights_of_one(
+    pictures: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "two"
+    # Stochastic depth draws per worker: it is off in both.
+    flags = ("--model.drop-path", "0")
+    alone, together = tmp_path / "alone", output
+    one = training.run(pictures, alone, "--num-workers", "0", *flags)
+    two = training.run(pictures, together, "--num-workers", "2", *flags)
+    assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
+    found = training.largest_difference(
+        training.final_weights(alone), training.final_weights(together)
+    )
+    assert found <= REORDERED
+
+
+@pytest.mark.slow
+def test_torchrun_trains_the_weights_of_one_process(pictures: Path, tmp_path: Path) -> None:
+    flags = ("--model.drop-path", "0", "--num-workers", "0")
+    assert training.run(pictures, tmp_path / "alone", *flags).returncode == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [
+            *torchrun,
+            "--master-port",
+            "0",
+            *training.command(pictures, tmp_path / "two", *flags)[1:],
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=training.environment(),
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    found = training.largest_difference(
+        training.final_weights(tmp_path / "alone"), training.final_weights(tmp_path / "two")
+    )
+    assert found <= REORDERED
+
+
+def test_a_second_run_in_the_same_folder_is_refused(pictures: Path, tmp_path: Path) -> None:
+    output = tmp_path / "taken"
+    process = training.start(pictures, output, "--num-workers", "0")
+    try:
+        wait_for(lambda: training.epochs_done(output) >= 1, process)
+        done = training.run(pictures, output, "--num-workers", "0")
+    finally:
+        psutil.Process(process.pid).kill()
+        process.wait()
+    assert done.returncode == 5
+    assert f"in use by process {process.pid}" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_loss_that_is_not_finite_ends_ray_workers_at_once_with_code_8(
+    pictures: Path, tmp_path: Path
+) -> None:
+    flags = ("--optim.lr", "1e30", "--optim.lr-batch", "None", "--optim.clip", "0")
+    done = training.run(pictures, tmp_path / "nan", "--num-workers", "1", *flags)
+    assert done.returncode == 8, done.stderr
+    (line,) = done.stderr.strip().splitlines()[-1:]
+    assert line.startswith("TrainingDiverged: loss or gradient is not finite at epoch")
+    kept = training.run_folder(tmp_path / "nan") / "step_fault" / "rank_0000.pt"
+    assert kept.exists()
+    assert str(kept) in line
+
+
+def test_more_workers_than_cores_are_refused_with_the_remedy(
+    pictures: Path, tmp_path: Path
+) -> None:
+    flags = ("--num-workers", "16", "--cpus-per-worker", "64")
+    done = training.run(pictures, tmp_path / "many", *flags)
+    assert done.returncode == 7, done.stderr
+    assert "16 workers need 1024 CPUs" in done.stderr
