@@ -194,7 +194,11 @@ def _all_faults(fault: ValidationError) -> str:
         flag = "--" + ".".join(str(part) for part in error["loc"]).replace("_", "-")
         message = error["msg"].removeprefix("Value error, ")
         rule = message[0].lower() + message[1:]
-        lines.append(f"{flag}: {rule}, got {error['input']!r}" if error["loc"] else message)
+        if not error["loc"] or isinstance(error["input"], dict):
+            # A rule between several settings: it names them, and what was given, itself.
+            lines.append(message)
+        else:
+            lines.append(f"{flag}: {rule}, got {error['input']!r}")
     if len(lines) == 1:
         return lines[0]
     return f"{len(lines)} settings are wrong:\n" + "\n".join(f"  {line}" for line in lines)

@@ -9,6 +9,7 @@ from tests.conftest import ROOT
 
 RAY_FREE = [
     "pipeline.boxes",
+    "pipeline.compare_runs",
     "pipeline.command_line",
     "pipeline.config",
     "pipeline.data.images",
@@ -18,10 +19,15 @@ RAY_FREE = [
     "pipeline.data.scenes",
     "pipeline.evaluation.evaluate",
     "pipeline.labelling",
+    "pipeline.losses.multi_stage",
     "pipeline.localization.localize",
     "pipeline.models.dino_vit",
     "pipeline.models.features",
+    "pipeline.models.cvt",
+    "pipeline.models.t2t_vit",
     "pipeline.tracking",
+    "pipeline.training.loop",
+    "pipeline.training.checkpoints",
     "pipeline.visualisation",
 ]
 

@@ -105,8 +105,9 @@ class TrainClassifierJob(TrackedSettings):
             )
         if self.batch_size < max(1, self.num_workers) * self.optim.accumulate * (2 if mixes else 1):
             raise ValueError(
-                f"--batch-size {self.batch_size} leaves nothing for some of {self.num_workers} "
-                f"workers with {self.optim.accumulate} parts each; raise it"
+                f"--batch-size {self.batch_size} leaves nothing for some of "
+                f"{max(1, self.num_workers)} workers with {self.optim.accumulate} parts each"
+                f"{', which mixup takes in pairs' if mixes else ''}; raise it"
             )
         if self.model.pretrained and self.model.checkpoint:
             raise ValueError(
@@ -121,7 +122,7 @@ class TrainClassifierJob(TrackedSettings):
             raise ValueError("--drloc.reduction paper is Eq. 2, which has --drloc.mode l1 only")
         if self.drloc.normalize != "none" and self.drloc.mode != "l1":
             raise ValueError("--drloc.mode ce and cbr count cells: --drloc.normalize must be none")
-        if self.num_epochs < self.optim.warmup_epochs + self.optim.cooldown_epochs:
+        if self.epochs < self.optim.warmup_epochs + self.optim.cooldown_epochs:
             raise ValueError(
                 f"--epochs {self.epochs} are fewer than --optim.warmup-epochs "
                 f"{self.optim.warmup_epochs:g} and --optim.cooldown-epochs "

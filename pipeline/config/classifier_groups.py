@@ -80,8 +80,8 @@ class DataConfig(Settings):
     def _something_selects(self) -> "DataConfig":
         if self.validation_fraction == 0 and not self.select_on_test:
             raise ValueError(
-                "validation_fraction must be above 0, or the best epoch chosen on the test set "
-                "with --data.select-on-test"
+                "--data.validation-fraction must be above 0 or the best epoch chosen on the test "
+                "set with --data.select-on-test, got 0"
             )
         return self
 
@@ -164,9 +164,9 @@ class DRLocConfig(Settings):
     """Mean over images, pairs and axes (released code), or Eq. 2: the axes summed. At the same
     lambda and normalize=side, 'paper' is 2/side of 'mean' with none."""
 
-    pooling: Pooling | None = None
-    """What makes a fine grid coarse: 2 x 2 mean (the paper's text), 3 x 3 with stride 2 (released
-    code). None is the mean where a side has 14 cells or more, else none."""
+    pooling: Pooling = "mean_2x2"
+    """What makes a grid coarse that has 14 cells or more on a side: 2 x 2 mean (the paper's text),
+    or 3 x 3 with stride 2 (released code). Coarser grids stay as they are."""
 
     stages: tuple[int, ...] = (-1,)
     """Stages whose grids get a head; the paper's multi-scale variant takes all."""
@@ -198,9 +198,6 @@ class OptimConfig(Settings):
 
     warmup_epochs: NonNegative = 10.0
     """Epochs of linear warm-up."""
-
-    schedule_epochs: PositiveInt | None = None
-    """Epochs of the cosine; None is all of them. More than --epochs cuts it (as released)."""
 
     one_step_late: bool = False
     """Set each learning rate one step late, as the released code (and Swin's) does."""

@@ -119,7 +119,14 @@ def t2t_transfer() -> Values:
         "batch_size": 64,
         "model": {"name": "t2t_vit_14", "image_size": 224},
         "drloc": {"weight": 0.1},
-        "augment": {"crop": "pad", "rand_augment": None, "mixup": 0.0, "cutmix": 0.0},
+        "augment": {
+            "crop": "pad",
+            "rand_augment": None,
+            "color_jitter": 0.0,
+            "random_erasing": 0.0,
+            "mixup": 0.0,
+            "cutmix": 0.0,
+        },
         "optim": {
             "kind": "sgd",
             "lr": 0.05,
@@ -206,6 +213,9 @@ def presets() -> dict[str, Values]:
     for name in ("sane", "reference", "paper"):
         for row, values in _rows():
             found[f"{name}-{row}"] = merged(RECIPES[name](), values)
+            if name == "reference" and values["model"]["name"] == MODELS["vit-b"][0]:
+                # The released code pools the 14 x 14 grids of CvT and T2T, and leaves ViT's.
+                found[f"{name}-{row}"]["drloc"]["pooling"] = "none"
     for model, options in _NARROW.items():
         narrow = merged(_row("cifar10", model), {"model": {"options": options, "drop_path": 0.0}})
         found[f"small-cifar10-{model}"] = merged(small(), narrow)

@@ -368,5 +368,5 @@ def _fetch(name: str) -> Path:
         return fetch_url(name, published.url)
     raise WeightsError(
         f"timm publishes no weights for {name} that can be used here; "
-        "give a file with --backbone.checkpoint FILE, or a name with a tag"
+        "give a name with a tag, or a file (--backbone.checkpoint; training: --model.checkpoint)"
     )

@@ -108,7 +108,8 @@ def fit_state_dict(module: nn.Module, state: dict[str, Tensor], source: str) -> 
         ]
         raise WeightsError(
             f"{source} does not fit the network: {'; '.join(filter(None, faults))}. "
-            "Give the file of this architecture, or the --backbone.name the file was made for"
+            "Give the file of this architecture, or the --backbone.name (training: --model.name) "
+            "the file was made for"
         )
     _require_finite(found, source)
     module.load_state_dict(found, strict=False)

@@ -25,6 +25,7 @@ from pipeline.storage import one_line
 ANSWER_SECONDS = 10.0
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 _CHUNK = 1 << 20
+_CHECKPOINT_FLAG = "--backbone.checkpoint FILE (training: --model.checkpoint FILE)"
 _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
@@ -33,7 +34,7 @@ def fetch_from_hub(name: str, repository: str, filename: str | None) -> Path:
     """The hub repository's file of weights, in huggingface_hub's cache.
 
     Args:
-        name: The backbone, for the message.
+        name: The network, for the message.
         repository: ``owner/name`` on the hub.
         filename: The file in it; None takes model.safetensors, else pytorch_model.bin.
 
@@ -54,7 +55,7 @@ def fetch_from_hub(name: str, repository: str, filename: str | None) -> Path:
             raise _unreachable(name, f"{repository} on the hub", fault) from fault
     raise WeightsError(
         f"{repository} on the hub holds none of {', '.join(filenames)}; "
-        f"give the weights of {name} with --backbone.checkpoint FILE"
+        f"give the weights of {name} with {_CHECKPOINT_FLAG}"
     )
 
 
@@ -62,7 +63,7 @@ def fetch_url(name: str, url: str) -> Path:
     """The file behind the address, in torch's cache.
 
     Args:
-        name: The backbone, for the message.
+        name: The network, for the message.
         url: An address that ends in the file's name.
 
     Raises:
@@ -147,5 +148,5 @@ def _answer_within(seconds: float, action: Callable[[], _T]) -> _T:
 def _unreachable(name: str, place: str, fault: BaseException) -> WeightsError:
     return WeightsError(
         f"weights of {name} cannot be fetched from {place} ({one_line(fault, 120)}); "
-        "give a local file with --backbone.checkpoint FILE"
+        f"give a local file with {_CHECKPOINT_FLAG}"
     )

@@ -40,7 +40,7 @@ from pipeline.training.optim import (
 )
 from pipeline.training.workers import Workers
 
-# Grids with a side this fine are made coarse by default: 14 x 14 -> 7 x 7 as in the paper.
+# Grids with a side this fine are made coarse: 14 x 14 -> 7 x 7 as in the paper.
 _FINE_SIDE = 14
 # At small images the stem is made finer until the last grid has this side.
 _WANTED_SIDE = 4
@@ -82,7 +82,7 @@ def set_up(job: TrainClassifierJob, workers: Workers) -> ClassifierSetup:
     image_size = job.model.image_size or data.native_size
     augment = augment_options(job, data, image_size)
     weights = _starting_weights(job)
-    patch_size = _suitable_patch_size(job, len(data.classes), image_size)
+    patch_size = suitable_patch_size(job, len(data.classes), image_size)
     objective = build_objective(
         job,
         num_classes=len(data.classes),
@@ -100,7 +100,7 @@ def set_up(job: TrainClassifierJob, workers: Workers) -> ClassifierSetup:
         objective=objective,
         loader=training_batches(job, data, augment, workers),
         mixing=mix_options(job, len(data.classes)),
-        drloc_weight=lambda epoch: _drloc_weight(job, epoch),
+        drloc_weight=lambda epoch: lambda_at(job, epoch),
         workers=workers,
         seed=job.seed,
         accumulate=job.optim.accumulate,
@@ -168,7 +168,7 @@ def _starting_weights(job: TrainClassifierJob) -> Weights | None:
     return load_classifier_weights(job.model.name, job.model.checkpoint)
 
 
-def _suitable_patch_size(job: TrainClassifierJob, num_classes: int, image_size: int) -> int | None:
+def suitable_patch_size(job: TrainClassifierJob, num_classes: int, image_size: int) -> int | None:
     """The job's stem, or at small images the coarsest one that leaves a grid of 4 x 4.
 
     Small images through a stem made for large ones leave one token: the cheapest gain there is.
@@ -224,19 +224,18 @@ def _build_drloc(
 
 
 def _pooling(job: TrainClassifierJob, height: int, width: int) -> Pooling:
-    if job.drloc.pooling is not None:
-        return job.drloc.pooling
-    return "mean_2x2" if max(height, width) >= _FINE_SIDE else "none"
+    return job.drloc.pooling if max(height, width) >= _FINE_SIDE else "none"
 
 
-def _drloc_weight(job: TrainClassifierJob, epoch: int) -> float:
+def lambda_at(job: TrainClassifierJob, epoch: int) -> float:
+    """DRLoc's weight in an epoch, from 0."""
     ramp = job.drloc.ramp_epochs
     return schedules.drloc_weight(
         epoch,
         weight=job.drloc.weight,
         schedule=job.drloc.schedule,
         ramp_epochs=round(job.optim.warmup_epochs) if ramp is None else ramp,
-        total_epochs=job.optim.schedule_epochs or job.epochs,
+        total_epochs=job.epochs,
     )
 
 
@@ -282,7 +281,7 @@ def _loop_settings(job: TrainClassifierJob, steps_per_epoch: int) -> LoopSetting
     def scaled(lr: float) -> float:
         return lr if chosen.lr_batch is None else scaled_lr(lr, job.batch_size, chosen.lr_batch)
 
-    cosine_epochs = (chosen.schedule_epochs or job.epochs) - chosen.cooldown_epochs
+    cosine_epochs = job.epochs - chosen.cooldown_epochs
 
     late = chosen.one_step_late
     schedule = schedules.warmup_cosine_one_late if late else schedules.warmup_cosine

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from pipeline.errors import ConfigError, PatchseedError, TrainingDiverged, WeightsError
 from pipeline.pretraining.classifier_setup import (
-    _drloc_weight,
-    _suitable_patch_size,
     build_objective,
+    lambda_at,
+    suitable_patch_size,
 )
 from pipeline.pretraining.step_fault import KeptPart, KeptStep, load_step
 from pipeline.pretraining.supervised import SupervisedObjective
@@ -57,7 +57,7 @@ def rebuild(step: KeptStep) -> SupervisedObjective:
         job,
         num_classes=num_classes,
         image_size=image_size,
-        patch_size=_suitable_patch_size(job, num_classes, image_size),
+        patch_size=suitable_patch_size(job, num_classes, image_size),
     )
     try:
         objective.load_state_dict(step.objective)
@@ -115,7 +115,7 @@ def replay_part(
         watch.end()
     loss = found["cross_entropy"]
     if "drloc" in found:
-        loss = loss + found["drloc"] * _drloc_weight(step.job, step.epoch)
+        loss = loss + found["drloc"] * lambda_at(step.job, step.epoch)
     (loss * part.share).backward()  # type: ignore[no-untyped-call]
     gradients = {name: one.grad for name, one in objective.named_parameters() if one.requires_grad}
     bad = [name for name, gradient in gradients.items() if not math.isfinite(_largest(gradient))]
@@ -231,7 +231,7 @@ def _told_of_step(step: KeptStep) -> list[str]:
     bad = [name for name, value in reach.items() if not math.isfinite(value)]
     largest = max((name for name in reach if name not in bad), key=reach.__getitem__, default="")
     extreme = f"; largest |weight| {reach[largest]:.3g} in {largest}" if largest else ""
-    weight = _drloc_weight(step.job, step.epoch)
+    weight = lambda_at(step.job, step.epoch)
     return [
         f"step {step.step} (epoch {step.epoch + 1}) of worker {step.rank} of {step.num_workers}: "
         f"{step.job.model.name} on {step.job.data.name}, lambda {weight:g}",

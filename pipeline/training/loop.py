@@ -178,7 +178,7 @@ def train(
 def seed_epoch(seed: int, epoch: int, rank: int) -> None:
     """Set torch's global generators (dropout, stochastic depth) to this epoch's own beginning."""
     # A prime apart, so that neighbouring seeds, epochs and ranks do not meet.
-    torch.manual_seed((seed * 1_000_003 + epoch) * 1_000_033 + rank)
+    torch.manual_seed(((seed * 1_000_003 + epoch) * 1_000_033 + rank) % (1 << 63))
 
 
 def _shared(objective: nn.Module, workers: Workers) -> nn.Module:
@@ -218,17 +218,19 @@ def _epoch(
             told.append(losses)
             share = part.num_images / part.num_global
             if split and number == 0:
-                means.add_norms(_norms_of_terms(losses, state.objective, workers))
+                means.add_norms(_norms_of_terms(losses, part, state.objective, workers))
             # DDP divides the sum of the gradients by the workers: undone here, as shares add to 1.
             loss = torch.stack([*losses.terms.values()]).sum() * (share * workers.size)
             with _unsynced(network, unless=last):
-                state.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+                scaled = state.scaler.scale(_spoilt_unless_finite(loss))
+                scaled.backward()  # type: ignore[no-untyped-call]
             means.add(losses, part.num_images)
         norm = _step(state, settings.clip)
         if not _is_fine(norm, state.scaler):
             fault = StepFault(key, parts, [_floats(one) for one in told])
             raise TrainingDiverged(_diverged(fault, hooks.on_fault(fault)))
-        means.add_norms({"total": norm})
+        if math.isfinite(norm):
+            means.add_norms({"total": norm})
         hooks.on_step(key, parts[0].num_global)
     seconds = time.perf_counter() - started
     return means.result(seconds) | {"lr": settings.learning_rate(key.step)}
@@ -243,15 +245,25 @@ def _step(state: LoopState, clip: float) -> float:
     )
     # The one wait for the device in a step: a gradient that is not finite must not reach a weight.
     value = float(norm)
-    if math.isfinite(value) or state.scaler.is_enabled():
+    if math.isfinite(value):
         if clip > 0:
             torch.nn.utils.clip_grads_with_norm_(weights, clip, norm)
         state.scaler.step(state.optimizer)
-        state.scaler.update()
         if state.average is not None:
             state.average.update_parameters(state.objective)  # type: ignore[operator]
+    # Under fp16 it remembers what unscale_ saw, and halves its scale after a step left out.
+    state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
     return value
+
+
+def _spoilt_unless_finite(loss: Tensor) -> Tensor:
+    """The loss, with gradients of NaN where it is not finite.
+
+    An infinite loss may have a finite gradient. So spoilt, all workers find out from the gradient
+    that they share, with no further exchange and no wait.
+    """
+    return loss * torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
 
 
 def _is_fine(norm: float, scaler: torch.amp.GradScaler) -> bool:
@@ -280,7 +292,9 @@ def _unsynced(network: nn.Module, *, unless: bool) -> AbstractContextManager[Any
     return nullcontext()
 
 
-def _norms_of_terms(losses: Losses, objective: nn.Module, workers: Workers) -> dict[str, float]:
+def _norms_of_terms(
+    losses: Losses, part: Part, objective: nn.Module, workers: Workers
+) -> dict[str, float]:
     """The norm of each term's own gradient, over the first parts of all workers."""
     weights = [weight for weight in objective.parameters() if weight.requires_grad]
     norms = {}
@@ -292,7 +306,10 @@ def _norms_of_terms(losses: Losses, objective: nn.Module, workers: Workers) -> d
                 for weight, one in zip(weights, found, strict=True)
             ]
         )
-        norms[name] = float((workers.total(flat) / workers.size).norm())
+        count = torch.full((1,), part.num_images, dtype=flat.dtype, device=flat.device)
+        # Workers' parts may differ by an image: each weighs by its size.
+        total = workers.total(torch.cat([flat * part.num_images, count]))
+        norms[name] = float((total[:-1] / total[-1]).norm())
     return norms
 
 

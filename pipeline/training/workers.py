@@ -29,7 +29,7 @@ class Workers:
     def total(self, value: Tensor) -> Tensor:
         """The sum of ``value`` over all workers, on each of them."""
         if self.size > 1:
-            value = value.to(self.device)
+            value = value.to(self.device, copy=True)
             dist.all_reduce(value)
         return value
 

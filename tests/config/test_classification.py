@@ -72,9 +72,10 @@ def test_settings_that_make_no_sense_are_refused(flags: list[str], told: list[st
     assert "\n" not in message
 
 
-def test_a_run_cut_short_is_told_of_by_the_flag_that_cuts_it() -> None:
-    with pytest.raises(ConfigError, match="--stop-after"):
-        parse(TrainClassifierJob, [*NEEDED, "--stop-after", "5"])
+def test_a_run_may_be_cut_within_its_warm_up_but_not_end_in_it() -> None:
+    assert parse(TrainClassifierJob, [*NEEDED, "--stop-after", "5"]).num_epochs == 5
+    with pytest.raises(ConfigError, match=r"--epochs 5 are fewer than --optim\.warmup-epochs 10"):
+        parse(TrainClassifierJob, [*NEEDED, "--epochs", "5"])
 
 
 def test_an_odd_batch_is_fine_where_nothing_is_mixed() -> None:
@@ -128,7 +129,6 @@ OTHER: dict[str, Any] = {
     "model__checkpoint": "weights.pth",
     "optim__kind": "sgd",
     "optim__lr": 1e-3,
-    "optim__schedule_epochs": 300,
     "optim__clip": 0.0,
     "optim__ema_decay": 0.999,
     "augment__crop": "pad",

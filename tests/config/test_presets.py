@@ -56,7 +56,7 @@ def rate_after(job: TrainClassifierJob, epoch: int, steps: int = 48) -> float:
         warmup_start=first,
         floor=last,
         warmup_steps=round(job.optim.warmup_epochs * steps),
-        total_steps=((job.optim.schedule_epochs or job.epochs) - job.optim.cooldown_epochs) * steps,
+        total_steps=(job.epochs - job.optim.cooldown_epochs) * steps,
     )
 
 
@@ -67,7 +67,7 @@ def weight_in(job: TrainClassifierJob, epoch: int) -> float:
         weight=job.drloc.weight,
         schedule=job.drloc.schedule,
         ramp_epochs=round(job.optim.warmup_epochs) if ramp is None else ramp,
-        total_epochs=job.optim.schedule_epochs or job.epochs,
+        total_epochs=job.epochs,
     )
 
 

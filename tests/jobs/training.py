@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 NARROW = "{embed_dim: 16, depths: [1, 1], num_heads: [1, 2], window_size: 4}"
 
 
-def write_classes(folder: Path, num_train: int = 24, num_test: int = 6) -> Path:
+def write_classes(folder: Path, num_train: int = 48, num_test: int = 6) -> Path:
     """Three classes of little pictures that differ in their colour; an ImageFolder."""
     rng = np.random.default_rng(0)
     for role, count in (("train", num_train), ("test", num_test)):
@@ -32,7 +32,7 @@ def write_classes(folder: Path, num_train: int = 24, num_test: int = 6) -> Path:
 
 
 def command(data: Path, output: Path, *flags: str) -> list[str]:
-    """A run of 6 epochs of 4 steps, seconds long, with all that is random turned on."""
+    """A run of 6 epochs of 8 steps, seconds long, with all that is random turned on."""
     return [
         sys.executable,
         "jobs/train_classifier.py",
@@ -40,7 +40,8 @@ def command(data: Path, output: Path, *flags: str) -> list[str]:
         *("--epochs", "6", "--batch-size", "16", "--optim.warmup-epochs", "1"),
         *("--model.image-size", "32", "--model.patch-size", "4", "--model.options", NARROW),
         *("--data.loader-workers", "0", "--drloc.hidden-dim", "32", "--tracking-uri", "off"),
-        *("--gradient-norm-steps", "3", "--optim.ema-decay", "0.9"),
+        *("--optim.lr", "0.003", "--optim.lr-batch", "None", "--optim.ema-decay", "0.5"),
+        *("--gradient-norm-steps", "3"),
         *flags,
     ]
 
