@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -14,102 +13,32 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.data.augment import AugmentOptions, eval_transform
 from pipeline.data.labelled_images import decode_rgb
-from pipeline.errors import ConfigError, DataError, WeightsError
-from pipeline.models import onnx_export
-from pipeline.models.backbones import build_model
+from pipeline.errors import DataError, WeightsError
 from pipeline.models.checkpoints import fit_state_dict, read_state_dict
 from pipeline.models.exporting import (
-    ClassifierDescription,
     Preprocessing,
     config_sha256,
     export_classifier,
     load_classifier,
     preprocess,
 )
-from pipeline.models.grid_classifier import GridClassifier, Prediction
-from pipeline.models.onnx_export import export_onnx
 from pipeline.storage import Location
-
-CLASSES = ("cat", "dög", "bird", "fish", "frog")
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-VIT = "vit_tiny_patch16_224"
-
-
-def recipe(side: int = 32, **changes: Any) -> Preprocessing:
-    return Preprocessing(image_size=side, mean=IMAGENET[0], std=IMAGENET[1], **changes)
-
-
-def describe(architecture: str, **changes: Any) -> ClassifierDescription:
-    return ClassifierDescription(
-        architecture=architecture, classes=CLASSES, preprocessing=recipe(), **changes
-    )
-
-
-DESCRIPTIONS = {
-    "vit": describe(VIT, image_size=32, patch_size=8, options={"embed_dim": 24, "depth": 2}),
-    "swin": describe(
-        "swin_tiny_patch4_window7_224",
-        image_size=32,
-        patch_size=2,
-        drop_path=0.2,
-        stages=(-2, -1),
-        options={"embed_dim": 12, "depths": (1, 1, 2, 1), "num_heads": (1, 1, 2, 2)},
-    ),
-    "resnet": describe(
-        "resnet18", image_size=32, patch_size=1, options={"channels": (8, 16, 24, 32)}
-    ),
-    "cvt": describe(
-        "cvt_13",
-        image_size=32,
-        patch_size=2,
-        options={"dims": (16, 32, 48), "depths": (1, 1, 1), "heads": (1, 2, 3)},
-    ),
-    "t2t": describe(
-        "t2t_vit_14",
-        image_size=32,
-        patch_size=2,
-        tap="pre_norm",
-        options={"dim": 48, "depth": 2, "heads": 3, "token_dim": 16},
-    ),
-}
-
-
-def build(description: ClassifierDescription, seed: int = 0) -> GridClassifier:
-    """A network in which no tensor is as it was built: as if it had been trained."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = build_model(
-            description.architecture,
-            num_classes=len(description.classes),
-            image_size=description.image_size,
-            patch_size=description.patch_size,
-            drop_path=description.drop_path,
-            stages=description.stages,
-            tap=description.tap,
-            options=description.options,
-        )
-        with torch.no_grad():
-            for tensor in (*model.network.parameters(), *model.network.buffers()):
-                if tensor.is_floating_point():
-                    tensor.add_(torch.rand_like(tensor) * 0.1)
-    return model
-
-
-def at(folder: Path) -> Location:
-    return Location.parse(str(folder))
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def picture(height: int = 40, width: int = 56, seed: int = 0) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-    return Image.fromarray(pixels)
+from tests.models.narrow_classifiers import (
+    CLASSES,
+    DESCRIPTIONS,
+    IMAGENET,
+    VIT,
+    at,
+    build,
+    describe,
+    noise,
+    picture,
+    recipe,
+)
 
 
 @pytest.fixture(scope="module")
@@ -375,78 +304,3 @@ def test_a_bucket_is_as_good_as_a_disk(s3_bucket: str) -> None:
     images_B3HW = noise(1, 3, 32, 32)
     expected_BK = model.eval()(images_B3HW).logits_BK
     assert torch.equal(loaded.module(images_B3HW).logits_BK, expected_BK)
-
-
-@pytest.fixture
-def onnxruntime() -> Any:
-    """ONNX Runtime, where the extra that an export takes is installed."""
-    for name in ("onnx", "onnxscript", "onnxruntime"):
-        if importlib.util.find_spec(name) is None:
-            pytest.skip(f"{name} is not installed: pip install patchseed[export]")
-    return importlib.import_module("onnxruntime")
-
-
-def test_without_the_extra_an_onnx_export_says_how_to_get_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(onnx_export, "_NEEDED", ("torch", "no_such_package"))
-    (tmp_path / "model.onnx").write_bytes(b"old")
-    with pytest.raises(ConfigError, match=r"no_such_package is not .*patchseed\[export\]"):
-        export_onnx(build(DESCRIPTIONS["vit"]), at(tmp_path), 32)
-    assert (tmp_path / "model.onnx").read_bytes() == b"old"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", DESCRIPTIONS)
-def test_the_onnx_file_gives_the_networks_logits(
-    tmp_path: Path, kind: str, onnxruntime: Any
-) -> None:
-    model = build(DESCRIPTIONS[kind])
-    check = export_onnx(model, at(tmp_path), 32)
-    assert model.training
-    assert check.relative_difference < 1e-4
-    content = (tmp_path / "model.onnx").read_bytes()
-    assert check.sha256 == hashlib.sha256(content).hexdigest()
-    assert [place.name for place in tmp_path.iterdir()] == ["model.onnx"]
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    assert [output.name for output in session.get_outputs()] == ["logits"]
-    # Another number of images than the ones that were checked.
-    images_B3HW = noise(5, 3, 32, 32, seed=1)
-    (logits_BK,) = session.run(None, {"images": images_B3HW.numpy()})
-    expected_BK = model.eval()(images_B3HW).logits_BK.detach()
-    largest = float(expected_BK.abs().max())
-    assert torch.allclose(torch.from_numpy(logits_BK), expected_BK, rtol=0, atol=1e-4 * largest)
-
-
-class Fickle(nn.Module):
-    """Gives something else once it was traced."""
-
-    def forward(self, images: Tensor) -> Prediction:
-        rows = images.mean(dim=(2, 3))
-        return Prediction(rows if torch.compiler.is_exporting() else rows * 1.001, ())
-
-
-class OnlyPairs(nn.Module):
-    """Can be traced for one number of images alone."""
-
-    def forward(self, images: Tensor) -> Prediction:
-        rows = images.mean(dim=(2, 3))
-        return Prediction(rows * len(rows.tolist()), ())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("model", "complaint"),
-    [
-        (Fickle(), r"model\.onnx was not written: its logits are off by up to"),
-        (OnlyPairs(), "the network cannot be exported to ONNX"),
-    ],
-)
-def test_an_onnx_file_that_is_not_right_is_not_left_behind(
-    tmp_path: Path, model: nn.Module, complaint: str, onnxruntime: Any
-) -> None:
-    (tmp_path / "model.onnx").write_bytes(b"of an earlier export")
-    with pytest.raises(WeightsError, match=complaint) as caught:
-        export_onnx(model, at(tmp_path), 32)
-    assert "\n" not in str(caught.value)
-    assert list(tmp_path.iterdir()) == []
