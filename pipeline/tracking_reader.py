@@ -167,6 +167,7 @@ def _from_mlflow(run: Any) -> RunRecord:
         drloc_weight=float(params[WEIGHT]),
         finished=tags.get(FINISHED_TAG) == "true",
         where=f"MLflow run {run.info.run_id}",
+        images=tags.get("data.images_sha256", ""),
     )
 
 
@@ -184,6 +185,7 @@ def _from_summary(place: Location, content: Mapping[str, Any]) -> RunRecord:
         drloc_weight=float(config[WEIGHT]),
         finished=content["finished"] is True,
         where=str(place),
+        images=str(content.get("data", {}).get("images_sha256", "")),
     )
 
 

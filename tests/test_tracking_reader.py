@@ -39,6 +39,7 @@ def summary(seed: int = 0, weight: float = 0.0, value: float = 0.5, **more: Any)
         "config": config,
         "config_hash": f"hash-{seed}-{weight}",
         "pair_key": "key",
+        "data": {"images_sha256": f"images-{seed}"},
         "metrics": {METRIC: value, "val/accuracy_best": 0.25},
         "created_at": 1_700_000_000.0 + seed,
         **more,
@@ -57,6 +58,7 @@ def record(content: dict[str, Any], uri: str, folder: Path, experiment: str = "l
         tags = {"finished": "true" if content["finished"] else "false"}
         tags |= {"pair_key": content["pair_key"], "config_hash": content["config_hash"]}
         tracker.set_tags({f"patchseed.{name}": value for name, value in tags.items()})
+        tracker.set_tags({"data.images_sha256": content["data"]["images_sha256"]})
     assert tracker.close().spooled == 0
     assert tracker.run_id
     return tracker.run_id
@@ -76,6 +78,7 @@ def test_tracked_run_is_read_back_as_it_was(mlflow_uri: str, tmp_path: Path) -> 
     assert (found.pair_key, found.config_hash) == ("key", "hash-3-0.5")
     assert found.metrics == {METRIC: 0.75, "val/accuracy_best": 0.25}, "the last values"
     assert found.config["data.name"] == "cifar10"
+    assert found.images == "images-3"
     assert run_id in found.where
 
 

@@ -53,6 +53,7 @@ class RunRecord:
         drloc_weight: 0 where DRLoc is off.
         finished: whether the run came to its planned end.
         where: run folder, or MLflow's id.
+        images: hash of the images and how they were divided; empty where it was not recorded.
     """
 
     name: str
@@ -64,6 +65,7 @@ class RunRecord:
     drloc_weight: float
     finished: bool
     where: str
+    images: str = ""
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,8 @@ def compare(records: Sequence[RunRecord], metric: str, confidence: float = 0.95)
         confidence: of the intervals, in (0, 1).
 
     Raises:
-        DataError: no finished run has the metric, no two runs pair up, or an accuracy is above 1.
+        DataError: no finished run has the metric, no two runs pair up, two that do were trained or
+            measured on different images, or an accuracy is above 1.
     """
     finished = [record for record in records if record.finished]
     measured = [one for one in finished if math.isfinite(one.metrics.get(metric, math.nan))]
@@ -228,6 +231,8 @@ def _arms(runs: Sequence[RunRecord], group: str, metric: str, confidence: float)
     for setting in settings:
         treated = by_setting[setting]
         seeds = sorted(baseline.keys() & treated.keys())
+        for seed in seeds:
+            _require_same_images(baseline[seed], treated[seed])
         sides = [[side[seed].metrics[metric] for seed in seeds] for side in (baseline, treated)]
         difference = difference_of(np.array(sides[0]), np.array(sides[1]), confidence)
         arms.append(
@@ -246,6 +251,15 @@ def _arms(runs: Sequence[RunRecord], group: str, metric: str, confidence: float)
             )
         )
     return arms
+
+
+def _require_same_images(baseline: RunRecord, treated: RunRecord) -> None:
+    """The settings name a folder; what lies in it may have changed between two runs."""
+    if baseline.images and treated.images and baseline.images != treated.images:
+        raise DataError(
+            f"{treated.where} and its baseline {baseline.where} did not see the same images: the "
+            "data changed between them; run both again with --overwrite"
+        )
 
 
 def _judged_together(arms: Sequence[Arm], level: float) -> tuple[Arm, ...]:

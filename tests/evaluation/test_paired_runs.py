@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -305,3 +306,13 @@ def test_unknown_metric_and_unfinished_runs_are_told_apart() -> None:
 def test_accuracy_that_is_no_fraction_is_refused() -> None:
     with pytest.raises(DataError, match=r"must be a fraction in \[0, 1\], got 71"):
         compared(pairs([0.5], [71.0]))
+
+
+def test_runs_that_did_not_see_the_same_images_do_not_pair() -> None:
+    baseline, treated = pairs([0.5], [0.6])
+    with pytest.raises(DataError, match="did not see the same images"):
+        compared([replace(baseline, images="one"), replace(treated, images="other")])
+    # Runs of other seeds see others; what was not recorded is no difference.
+    compared([replace(baseline, images="one"), treated])
+    both = [replace(run, images=str(run.seed)) for run in pairs([0.5, 0.4], [0.6, 0.4])]
+    assert compared(both).arms[0].seeds == (0, 1)
