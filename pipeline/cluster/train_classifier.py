@@ -119,6 +119,7 @@ def _with_ray(job: TrainClassifierJob, folder: RunFolder) -> dict[str, Any]:
     _set_ray_defaults(job)
     with ray_session(debug=job.debug):
         _require_room(job)
+        _say(f"Ray Train is starting: --num-workers {job.num_workers}")
         with _lines_from_workers() as lines:
             return _fit(job, folder, lines)
 
@@ -278,7 +279,7 @@ def _finish(job: TrainClassifierJob, folder: RunFolder, summary: dict[str, Any])
 
 def _tell_results(summary: dict[str, Any], folder: RunFolder) -> None:
     metrics = summary["metrics"]
-    table = Table(title=summary["name"])
+    table = Table()
     table.add_column("accuracy")
     table.add_column("selected epoch", justify="right")
     table.add_column("last epoch", justify="right")
