@@ -69,6 +69,9 @@ def run_job(
         code = 1
         line = f"{type(fault).__name__}: {without_secrets(str(fault))}"
         _tell(f"Unexpected {line} (--debug shows the traceback; please report it)", debug)
+    # Whoever stops a job twice means it: what is left is to end, and that in silence.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     sys.stdout.flush()
     sys.exit(code)
 
@@ -191,7 +194,9 @@ def _all_faults(fault: ValidationError) -> str:
     """Every value out of range, one a line: the flag, the rule, what was given."""
     lines = []
     for error in fault.errors():
-        flag = "--" + ".".join(str(part) for part in error["loc"]).replace("_", "-")
+        # Without the place in a tuple: flags take all of its values at once.
+        names = [part for part in error["loc"] if isinstance(part, str)]
+        flag = "--" + ".".join(names).replace("_", "-")
         message = error["msg"].removeprefix("Value error, ")
         rule = message[0].lower() + message[1:]
         if not error["loc"] or isinstance(error["input"], dict):

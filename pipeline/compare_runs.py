@@ -54,11 +54,13 @@ def compare_runs(
         raise ConfigError("give --experiment NAME or --runs FOLDER, one of them")
     comparison = compare(records, metric, confidence)
     console = Console(file=sys.stdout)
-    print_report(comparison, console)
-    if output is not None:
-        folder = Location.parse(output)
+    # Written first: what is printed last is then the result, whole or not at all.
+    folder = None if output is None else Location.parse(output)
+    if folder is not None:
         for name, data in _files(comparison).items():
             folder.child(name).write_bytes(data)
+    print_report(comparison, console)
+    if folder is not None:
         console.print(f"  Written to {folder}\n", highlight=False, markup=False, soft_wrap=True)
     return as_json(comparison)
 

@@ -86,8 +86,12 @@ def read_folders(runs: str) -> list[RunRecord]:
     mine.sort(key=lambda one: _seconds(one[1].get("created_at")))
     if not mine:
         raise DataError(
-            f"{place} must hold the folders of {KIND} runs (RUN/{SUMMARY}), "
-            f"found {len(summaries)} entries and {len(found)} summaries, none of a {KIND}"
+            f"{place} must hold the folders of finished {KIND} runs (RUN/{SUMMARY}), "
+            + (
+                f"found {len(summaries)} entries and {len(found)} summaries, none of a {KIND}"
+                if summaries
+                else "there is nothing; give the --output that they were trained with"
+            )
         )
     return _usable(mine, lambda one: _from_summary(*one), lambda one: str(one[0]))
 

@@ -113,7 +113,7 @@ def test_an_interrupt_ends_with_its_own_code_and_the_resume_hint(
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
-        (["--decode.background", "300", "0", "0"], "--decode.background.0"),
+        (["--decode.background", "300", "0", "0"], "--decode.background: .*got 300"),
         (["--decode.max-side", "10"], "--decode.max-side"),
         (["--decode.min-side", "500", "--decode.max-side", "100"], "min_side must be at most"),
         (["--decode.max-side", "99999999999"], "--decode.max-side"),

@@ -220,7 +220,7 @@ def test_folder_without_summaries_is_told_with_what_is_there(tmp_path: Path) -> 
     (tmp_path / "begun").mkdir()
     with pytest.raises(DataError, match="found 1 entries and 0 summaries"):
         read_folders(str(tmp_path))
-    with pytest.raises(DataError, match="found 0 entries"):
+    with pytest.raises(DataError, match="there is nothing; give the --output"):
         read_folders(str(tmp_path / "missing"))
 
 

@@ -8,6 +8,7 @@ group that is restarted, and a driver that is started again, both go on after th
 import logging
 import os
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,15 +23,16 @@ from rich.table import Table
 from pipeline.cluster.session import count, ray_session
 from pipeline.config import TrainClassifierJob
 from pipeline.errors import ClusterError, ConfigError, PatchseedError
-from pipeline.lease import Lease
 from pipeline.pretraining.export_run import export_run
 from pipeline.pretraining.run_folder import RunFolder
+from pipeline.progress import duration
 from pipeline.storage import Location, one_line
 from pipeline.tracking import OFF, absolute_uri
 from pipeline.training.workers import current_workers
 
 _LOG = logging.getLogger("pipeline.train_classifier")
 _POLL_SECONDS = 0.2
+_WAITING_SECONDS = 20.0
 
 
 def train_classifier(job: TrainClassifierJob) -> int:
@@ -47,8 +49,7 @@ def train_classifier(job: TrainClassifierJob) -> int:
     folder = RunFolder.of(job)
     if "WORLD_SIZE" in os.environ:
         return _under_torchrun(job, folder)
-    with Lease(folder.place):
-        folder.begin(job)
+    with folder.held(job):
         _say(f"run {folder.place}")
         if job.num_workers == 0:
             summary = _here(job, folder, _device(job, local_rank=0))
@@ -92,8 +93,7 @@ def _under_torchrun(job: TrainClassifierJob, folder: RunFolder) -> int:
     dist.init_process_group(backend, timeout=timedelta(seconds=job.timeout_s))
     try:
         if dist.get_rank() == 0:
-            with Lease(folder.place):
-                folder.begin(job)
+            with folder.held(job):
                 _say(f"run {folder.place}")
                 dist.barrier()
                 _finish(job, folder, _here(job, folder, device))
@@ -151,21 +151,31 @@ def _require_room(job: TrainClassifierJob) -> None:
 
 @contextmanager
 def _lines_from_workers() -> Iterator[Any]:
-    """A queue whose lines, put by workers anywhere, are printed here at once."""
+    """A queue whose lines, put by workers anywhere, are printed here at once.
+
+    Until the first of them, it is told from time to time that there is none yet.
+    """
     from ray.util.queue import Queue
 
     queue = Queue(actor_options={"num_cpus": 0})
     stop = threading.Event()
 
     def print_lines() -> None:
+        began = told = time.monotonic()
+        heard = False
         while True:
             ended = stop.is_set()
             try:
                 while True:
                     _say(queue.get_nowait())
+                    heard = True
             except Empty:
                 if ended:
                     return
+            now = time.monotonic()
+            if not heard and now - told > _WAITING_SECONDS:
+                told = now
+                _say(f"waiting for Ray's workers to start ({duration(now - began)})")
             stop.wait(_POLL_SECONDS)
 
     printer = threading.Thread(target=print_lines, name="lines-from-workers", daemon=True)

@@ -126,7 +126,7 @@ class TrainClassifierJob(TrackedSettings):
             raise ValueError(
                 f"--epochs {self.epochs} are fewer than --optim.warmup-epochs "
                 f"{self.optim.warmup_epochs:g} and --optim.cooldown-epochs "
-                f"{self.optim.cooldown_epochs} together"
+                f"{self.optim.cooldown_epochs} together; give fewer of those"
             )
         return self
 
@@ -146,6 +146,9 @@ class TrainClassifierJob(TrackedSettings):
         )
         for name in ("download", "loader_workers", "cache_mib", "max_bad_fraction"):
             del groups["data"][name]
+        if self.num_epochs == self.epochs:
+            # A cut behind the end cuts nothing.
+            groups["stop_after"] = None
         if self.data.name not in ("folder", "parquet"):
             # A known set is the same wherever it lies.
             del groups["data"]["root"]

@@ -107,11 +107,12 @@ class BatchLoader:
             batch, faults = loaded
             self._warn(faults)
             num_bad += batch.num_replaced
-            if num_bad > self._max_bad_fraction * self._num_samples:
+            # One is never too many, however small the set.
+            if num_bad > max(1, self._max_bad_fraction * self._num_samples):
                 raise DataError(
-                    f"more than {self._max_bad_fraction:.3g} of the {self._num_samples} images of "
-                    f"an epoch cannot be read: {num_bad} so far, the last: {faults[-1][1]}; "
-                    "mend the files or remove them"
+                    f"more than --data.max-bad-fraction {self._max_bad_fraction:.3g} of "
+                    f"{self._num_samples} images cannot be read: {num_bad} so far, the last: "
+                    f"{faults[-1][1]}; or raise --data.max-bad-fraction: the run then goes on"
                 )
             if len(batch.labels_B):
                 yield batch

@@ -221,8 +221,10 @@ def _divide(name: str, root: str, parts: Parts, rule: SplitRule) -> Classificati
         parts.train.labels, parts.classes, rule, has_validation=validation is not None
     )
     train = Selection(parts.train, taken)
+    notes = parts.notes
     if validation is None:
         validation = Selection(parts.train, held)
+        notes += _not_validated(parts.classes, train, validation)
     looks_like_digits = name != "parquet" and set(parts.classes) == set(torchvision_sets.DIGITS)
     return ClassificationData(
         name=name,
@@ -234,8 +236,19 @@ def _divide(name: str, root: str, parts: Parts, rule: SplitRule) -> Classificati
         mirror_safe=name != "svhn" and not looks_like_digits,
         selected_on="test" if rule.select_on_test else "validation",
         fingerprint=_fingerprint(parts.classes, (train, validation, test)),
-        notes=parts.notes,
+        notes=notes,
     )
+
+
+def _not_validated(
+    classes: Sequence[str], train: LabelledImages, validation: LabelledImages
+) -> tuple[str, ...]:
+    """A note on the classes that can be learnt and not judged."""
+    lone = sorted(set(train.labels.tolist()) - set(validation.labels.tolist()))
+    if not lone:
+        return ()
+    count = f"{len(lone)} of {len(classes)} classes"
+    return (f"{count} have a single image, which is trained on: {classes[lone[0]]}, ...",)
 
 
 def _native_size(name: str, images: LabelledImages) -> int:

@@ -90,7 +90,9 @@ def class_folders(folder: str, skipped: Counter[str]) -> list[str]:
                     files += 1
                     skipped[suffix_of(entry.name)] += 1
     except OSError as fault:
-        raise DataError(f"cannot list {printable(folder)}: {one_line(fault)}") from fault
+        raise DataError(
+            f"cannot list {printable(folder)}: {one_line(fault)}; give a folder of class folders"
+        ) from fault
     if not folders:
         raise DataError(
             f"{printable(folder)} must hold one folder for each class, got none ({files} files): "

@@ -198,7 +198,8 @@ def build_model(
     if rows * columns == 1:
         raise ConfigError(
             f"the last grid of {name} is 1 x 1 at {size[0]} x {size[1]} px, without positions to "
-            "tell apart; give a smaller model.patch_size or a larger model.image_size"
+            "tell apart; give a larger model.image_size or, where the architecture has one, a "
+            "smaller model.patch_size"
         )
     if weights is not None:
         fit_classifier(model, weights.state_dict, weights.source)

@@ -209,7 +209,10 @@ def _patch_fault(expected: dict[str, Tensor], found: dict[str, Tensor]) -> str:
     ours, theirs = patch_side(expected), patch_side(found)
     if ours is None or theirs is None or ours == theirs:
         return ""
-    return f"its patches are {theirs} pixels wide, the network's {ours}"
+    return (
+        f"its patches are {theirs} pixels wide, the network's {ours} (a training job's "
+        "--model.patch-size)"
+    )
 
 
 def _require_finite(state: dict[str, Tensor], source: str) -> None:

@@ -253,6 +253,11 @@ def _rgb(image: ImageLike) -> Image.Image:
                 "bring it to RGB values from 0 to 255"
             )
         return Image.fromarray(image)
+    if not isinstance(image, Image.Image):
+        raise DataError(
+            "an image must be a file's name, a Pillow image, an (h, w, 3) uint8 array or a list of "
+            f"such, got {type(image).__name__}"
+        )
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         raise DataError(f"an image must have 8 bits a channel, got mode {image.mode}; scale it")
     upright: Image.Image = ImageOps.exif_transpose(image)

@@ -252,7 +252,7 @@ def describe_lines(setup: ClassifierSetup) -> list[str]:
         f"the best epoch is chosen on the {data.selected_on} images",
         *data.notes,
         f"network: {num_weights:,} weights at {side} px, grid {shown}; "
-        f"{setup.task.steps_per_epoch} steps per epoch",
+        f"{setup.task.steps_per_epoch} step{'s' * (setup.task.steps_per_epoch > 1)} per epoch",
     ]
     if drloc is None:
         return [*lines, "DRLoc is off: this is the paired baseline"]

@@ -8,13 +8,15 @@
         figures/           curves and the confusion matrix
         summary.json       the results; written last: a run that has it is finished
         fault.json         why it cannot go on, where a worker found that out
-        step_fault/        a step that diverged (pretraining/replay.py)
+        step_fault/        a step that diverged (step_fault.py keeps it, replay.py repeats it)
 
 The folder's name ends in a hash of all that decides the weights. So the same command finds its run
 again and goes on with it, and two different runs never meet.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,11 +26,13 @@ from pipeline import errors
 from pipeline.config import TrainClassifierJob
 from pipeline.data.pseudo_labels import config_hash
 from pipeline.errors import PatchseedError, StorageError
+from pipeline.lease import Lease
 from pipeline.storage import Location
 from pipeline.training.checkpoints import CheckpointStore
 
 _OURS = "config.yaml"
 _LEASE = "_lease.json"
+_FAULT = "fault.json"
 
 
 def run_name(job: TrainClassifierJob) -> str:
@@ -57,6 +61,22 @@ class RunFolder:
     def checkpoints(self) -> CheckpointStore:
         return CheckpointStore(self.place.child("checkpoints"))
 
+    @contextmanager
+    def held(self, job: TrainClassifierJob) -> Iterator[None]:
+        """This job's alone, and begun; a run that was refused before it trained leaves nothing.
+
+        Raises:
+            StorageError: another process is at work there, and as ``begin``.
+        """
+        with Lease(self.place):
+            self.begin(job)
+            try:
+                yield
+            except PatchseedError:
+                if set(self.place.names()) <= {_OURS, _LEASE, _FAULT}:
+                    self.place.delete()
+                raise
+
     def begin(self, job: TrainClassifierJob) -> None:
         """Make the folder the job's: empty it if told so, write the settings, forget old faults.
 
@@ -74,7 +94,7 @@ class RunFolder:
             # The summary first: what is left after a kill must not look finished.
             for name in ("summary.json", *others):
                 self.place.child(name).delete()
-        self.place.child("fault.json").delete()
+        self.place.child(_FAULT).delete()
         text = yaml.safe_dump(job.model_dump(mode="json", exclude={"overwrite"}), sort_keys=False)
         config.write_bytes(text.encode())
 
@@ -84,11 +104,11 @@ class RunFolder:
 
     def write_fault(self, fault: PatchseedError) -> None:
         """Leave word of a fault that another try would only meet again."""
-        self.write_json("fault.json", {"kind": type(fault).__name__, "message": str(fault)})
+        self.write_json(_FAULT, {"kind": type(fault).__name__, "message": str(fault)})
 
     def fault(self) -> PatchseedError | None:
         """The fault that a worker left word of."""
-        left = self.read_json("fault.json")
+        left = self.read_json(_FAULT)
         if left is None:
             return None
         kind = getattr(errors, left["kind"], PatchseedError)

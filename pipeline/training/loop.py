@@ -228,7 +228,8 @@ def _epoch(
         norm = _step(state, settings.clip)
         if not _is_fine(norm, state.scaler):
             fault = StepFault(key, parts, [_floats(one) for one in told])
-            raise TrainingDiverged(_diverged(fault, hooks.on_fault(fault)))
+            kept = hooks.on_fault(fault)
+            raise TrainingDiverged(_diverged(fault, settings.precision, kept))
         if math.isfinite(norm):
             means.add_norms({"total": norm})
         hooks.on_step(key, parts[0].num_global)
@@ -271,12 +272,13 @@ def _is_fine(norm: float, scaler: torch.amp.GradScaler) -> bool:
     return math.isfinite(norm) or (scaler.is_enabled() and scaler.get_scale() > _SMALLEST_SCALE)
 
 
-def _diverged(fault: StepFault, kept: str) -> str:
+def _diverged(fault: StepFault, precision: str, kept: str) -> str:
     worst = [losses for losses in fault.losses if not all(map(math.isfinite, losses.values()))]
     shown = " ".join(f"{name}={value:g}" for name, value in (worst or fault.losses)[0].items())
+    wider = "" if precision == "fp32" else " or use --precision fp32"
     return (
         f"loss or gradient is not finite at epoch {fault.key.epoch + 1}, step {fault.key.step} "
-        f"({shown}); lower --optim.lr or use --precision bf16 or fp32. {kept}"
+        f"({shown}); lower --optim.lr{wider}. {kept}"
     )
 
 

@@ -57,7 +57,7 @@ def job(**changes: Any) -> TrainClassifierJob:
         (["--drloc.weight", "inf"], ["--drloc.weight: ", "finite", "inf"]),
         (["--drloc.num-pairs", "0"], ["--drloc.num-pairs: ", "equal to 1, got 0"]),
         (["--optim.lr", "0"], ["--optim.lr: ", "greater than 0, got 0.0"]),
-        (["--optim.betas", "0.9", "1"], ["--optim.betas.1: ", "less than 1, got 1.0"]),
+        (["--optim.betas", "0.9", "1"], ["--optim.betas: ", "less than 1, got 1.0"]),
         (["--optim.layer-decay", "1.5"], ["--optim.layer-decay: ", "equal to 1, got 1.5"]),
         (["--augment.label-smoothing", "1"], ["--augment.label-smoothing: ", "less than 1"]),
         (["--timeout-s", "1"], ["--timeout-s: ", "equal to 10, got 1.0"]),
@@ -109,6 +109,12 @@ def test_what_a_run_is_named_by_leaves_out_what_changes_no_method() -> None:
     assert [one.what_decides_the_weights() == job().what_decides_the_weights() for one in same] == (
         [True] * len(same)
     )
+
+
+def test_a_cut_behind_the_end_makes_no_other_run() -> None:
+    plain = job(epochs=50).what_decides_the_weights()
+    assert job(epochs=50, stop_after=50).what_decides_the_weights() == plain
+    assert job(epochs=50, stop_after=49).what_decides_the_weights() != plain
 
 
 OTHER: dict[str, Any] = {

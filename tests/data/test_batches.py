@@ -247,9 +247,18 @@ def test_a_bad_file_is_told_of_once_by_name(caplog: pytest.LogCaptureFixture) ->
 
 
 def test_too_many_bad_files_end_the_run_with_one_line() -> None:
-    with pytest.raises(DataError, match=r"more than 0\.05 of the 40 images.*picture_\d+") as caught:
+    told = (
+        r"more than --data\.max-bad-fraction 0\.05 of 40 images cannot be read: 3 so.*picture_\d+"
+    )
+    with pytest.raises(DataError, match=told) as caught:
         train(Pictures(40, bad=[5, 6, 7]))
     assert "\n" not in str(caught.value)
+
+
+def test_one_bad_file_of_a_small_set_ends_nothing() -> None:
+    train(Pictures(8, bad=[5]))
+    with pytest.raises(DataError, match="2 so far"):
+        train(Pictures(8, bad=[5, 6]))
 
 
 @pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])

@@ -175,3 +175,23 @@ def test_more_workers_than_cores_are_refused_with_the_remedy(
     done = training.run(pictures, tmp_path / "many", *flags)
     assert done.returncode == 7, done.stderr
     assert "4 workers need 1024 CPUs" in done.stderr
+
+
+def test_a_run_that_is_refused_leaves_no_folder(pictures: Path, tmp_path: Path) -> None:
+    output = tmp_path / "refused"
+    done = training.run(pictures, output, "--num-workers", "0", "--model.name", "swin_tinyy")
+    assert done.returncode == 2, done.stderr
+    assert "swin_tinyy" in done.stderr
+    assert list(output.iterdir()) == []
+
+
+def test_whoever_stops_a_run_twice_sees_one_line(pictures: Path, tmp_path: Path) -> None:
+    output = tmp_path / "stopped"
+    process = training.start(pictures, output, "--num-workers", "0", "--epochs", "1000")
+    wait_for(lambda: training.epochs_done(output) >= 1, process)
+    process.send_signal(signal.SIGTERM)
+    log = output.with_suffix(".log")
+    wait_for(lambda: "Interrupted" in log.read_text(), process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 143
+    assert log.read_text().rstrip().splitlines()[-1].startswith("Interrupted: ")

@@ -248,6 +248,7 @@ def test_files_are_decoded_as_in_training(tmp_path: Path) -> None:
         (np.zeros((8, 8), np.uint8), r"must be \(h, w, 3\) uint8, got \(8, 8\) uint8"),
         (np.zeros((8, 8, 3), np.float32), r"got \(8, 8, 3\) float32"),
         (Image.new("I;16", (8, 8)), "must have 8 bits a channel, got mode I;16"),
+        (b"\x89PNG", "must be a file's name, .* got bytes"),
     ],
 )
 def test_what_is_no_picture_is_one_line(image: Any, complaint: str) -> None:
