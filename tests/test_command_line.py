@@ -97,7 +97,9 @@ def test_an_interrupt_ends_with_its_own_code_and_the_resume_hint(
     signal_number: int, code: int
 ) -> None:
     script = (
-        "import os, time\n"
+        "import os, signal, time\n"
+        # A shell in the background starts its children deaf to Ctrl-C.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from pipeline.command_line import run_job\nfrom pipeline.config import LabelJob\n"
         f"def call(job): os.kill(os.getpid(), {signal_number}); time.sleep(5)\n"
         "import sys; sys.argv = ['x', '--images', 'a', '--output', 'b']\n"
