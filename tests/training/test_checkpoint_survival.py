@@ -174,8 +174,8 @@ def cut_short_at_every_line(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_at_whatever_line_a_save_is_cut_short_a_whole_checkpoint_is_left(tmp_path: Path) -> None:
-    module, call = "tests.training.test_checkpoints", "cut_short_at_every_line(Path(sys.argv[1]))"
-    code = f"import sys; from pathlib import Path; from {module} import *; {call}"
+    call = "cut_short_at_every_line(Path(sys.argv[1]))"
+    code = f"import sys; from pathlib import Path; from {__name__} import *; {call}"
     command = [sys.executable, "-c", code, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
