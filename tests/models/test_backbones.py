@@ -257,7 +257,7 @@ def test_settings_without_effect_on_a_cnn_are_refused(options: dict[str, Any]) -
 
 def test_a_network_without_published_weights_asks_for_a_file() -> None:
     name = "vit_base_patch16_gap_224"
-    with pytest.raises(WeightsError, match=r"no weights for .*--backbone\.checkpoint FILE"):
+    with pytest.raises(WeightsError, match=r"no weights for .*a file \(--backbone\.checkpoint"):
         load_weights(name, None)
 
 
