@@ -126,6 +126,7 @@ def test_a_killed_driver_resumes_to_the_table_of_an_uninterrupted_run(
     assert comparable(output).equals(uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_killed_actor_loses_nothing(
     label_jobs: LabelJobs, photos: Path, uninterrupted: pa.Table, tmp_path: Path
 ) -> None:
@@ -139,7 +140,7 @@ def test_a_killed_actor_loses_nothing(
     assert comparable(output).equals(uninterrupted)
 
 
-@pytest.mark.parametrize("blocks_before", [1, 3])
+@pytest.mark.parametrize("blocks_before", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_sigterm_ends_with_143_and_leaves_nothing_behind(
     label_jobs: LabelJobs, photos: Path, tmp_path: Path, blocks_before: int
 ) -> None:
@@ -166,6 +167,7 @@ def test_a_second_job_on_the_same_output_is_refused(
     assert f"in use by process {job.pid}" in second.stderr
 
 
+@pytest.mark.slow
 def test_failed_rows_are_labelled_again_when_asked(label_jobs: LabelJobs, tmp_path: Path) -> None:
     photos, output = tmp_path / "photos", tmp_path / "labels"
     write_photos(photos, 5)
@@ -199,6 +201,7 @@ def test_nothing_to_label_is_told_before_ray_starts_and_leaves_no_trace(
     assert list((tmp_path / "labels").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_what_is_done_stays(
     label_jobs: LabelJobs, photos: Path, uninterrupted: pa.Table, tmp_path: Path
 ) -> None:

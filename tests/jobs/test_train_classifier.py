@@ -185,6 +185,7 @@ def test_a_run_that_is_refused_leaves_no_folder(pictures: Path, tmp_path: Path) 
     assert list(output.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_whoever_stops_a_run_twice_sees_one_line(pictures: Path, tmp_path: Path) -> None:
     output = tmp_path / "stopped"
     process = training.start(pictures, output, "--num-workers", "0", "--epochs", "1000")
