@@ -211,8 +211,11 @@ def _seconds(created_at: Any) -> float:
     try:
         return float(created_at)
     except (TypeError, ValueError):
-        pass
+        return _seconds_of_date(str(created_at))
+
+
+def _seconds_of_date(text: str) -> float:
     try:
-        return datetime.fromisoformat(str(created_at)).timestamp()
+        return datetime.fromisoformat(text).timestamp()
     except ValueError:
         return 0.0

@@ -5,6 +5,7 @@ Heavy libraries are imported where they are used: every test run loads this file
 
 import os
 import shutil
+import subprocess
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,3 +90,18 @@ def mlflow_uri(empty_mlflow_database: Path, tmp_path: Path) -> str:
     """An MLflow store of the test's own, in ``tmp_path``."""
     shutil.copy(empty_mlflow_database, tmp_path / "mlflow.db")
     return f"sqlite:///{tmp_path}/mlflow.db"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 128 KiB."""
+    if os.getuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("only root can mount a small file system")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(disk)]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"this machine mounts nothing: {done.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)

@@ -3,10 +3,8 @@
 import multiprocessing
 import os
 import pickle
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
@@ -214,21 +212,6 @@ def test_folder_in_the_place_of_a_file_is_a_storage_error(tmp_path: Path) -> Non
         below.write_bytes(b"")
     with pytest.raises(StorageError, match="cannot write"):
         below.create_exclusively(b"")
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 KiB."""
-    if os.getuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("only root can mount a small file system")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
-    done = subprocess.run(mount, capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"this machine mounts nothing: {done.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_full_disk_is_a_storage_error_and_keeps_what_was_there(small_disk: Path) -> None:

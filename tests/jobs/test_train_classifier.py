@@ -70,10 +70,7 @@ def test_a_killed_driver_goes_on_to_the_weights_of_an_uninterrupted_run(
     done = training.run(pictures, output, "--num-workers", "0")
     assert done.returncode == 0, done.stderr
     assert "going on after epoch" in done.stdout
-    found = training.largest_difference(
-        training.final_weights(uninterrupted), training.final_weights(output)
-    )
-    assert found <= SAME
+    assert training.weights_apart(uninterrupted, output) <= SAME
 
 
 @pytest.mark.slow
@@ -92,28 +89,19 @@ def test_a_killed_ray_worker_is_replaced_and_the_weights_are_the_same(
     assert training.epochs_done(output) < 6
     assert process.wait(timeout=300) == 0, output.with_suffix(".log").read_text()
     assert "going on after epoch" in output.with_suffix(".log").read_text()
-    found = training.largest_difference(
-        training.final_weights(uninterrupted), training.final_weights(output)
-    )
-    assert found <= SAME
+    assert training.weights_apart(uninterrupted, output) <= SAME
 
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_two_ray_workers_train_the_weights_of_one(
-    pictures: Path, uninterrupted: Path, tmp_path: Path
-) -> None:
-    output = tmp_path / "two"
+def test_two_ray_workers_train_the_weights_of_one(pictures: Path, tmp_path: Path) -> None:
     # Stochastic depth draws per worker: it is off in both.
     flags = ("--model.drop-path", "0")
-    alone, together = tmp_path / "alone", output
+    alone, together = tmp_path / "alone", tmp_path / "two"
     one = training.run(pictures, alone, "--num-workers", "0", *flags)
     two = training.run(pictures, together, "--num-workers", "2", *flags)
     assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
-    found = training.largest_difference(
-        training.final_weights(alone), training.final_weights(together)
-    )
-    assert found <= REORDERED
+    assert training.weights_apart(alone, together) <= REORDERED
 
 
 @pytest.mark.slow
@@ -132,10 +120,7 @@ def test_torchrun_trains_the_weights_of_one_process(pictures: Path, tmp_path: Pa
         timeout=200,
     )
     assert done.returncode == 0, done.stderr
-    found = training.largest_difference(
-        training.final_weights(tmp_path / "alone"), training.final_weights(tmp_path / "two")
-    )
-    assert found <= REORDERED
+    assert training.weights_apart(tmp_path / "alone", tmp_path / "two") <= REORDERED
 
 
 def test_a_second_run_in_the_same_folder_is_refused(pictures: Path, tmp_path: Path) -> None:

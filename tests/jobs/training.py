@@ -103,3 +103,8 @@ def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tens
     """The largest difference of any weight."""
     assert one.keys() == other.keys()
     return max(float((one[name].double() - other[name].double()).abs().max()) for name in one)
+
+
+def weights_apart(one: Path, other: Path) -> float:
+    """The largest difference of any final weight of two runs."""
+    return largest_difference(final_weights(one), final_weights(other))

@@ -57,21 +57,6 @@ def test_a_full_disk_is_a_storage_error_and_the_one_before_stays(tmp_path: Path,
     assert_is(store.latest(), 1, 0.2)
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 128 KiB."""
-    if os.getuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("only root can mount a small file system")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(disk)]
-    done = subprocess.run(mount, capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"this machine mounts nothing: {done.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
-
-
 def test_a_disk_with_room_for_one_keeps_the_first(small_disk: Path) -> None:
     store = store_in(small_disk, keep=1)
     store.save(0, state_of(0, size=20_000), score=None)
