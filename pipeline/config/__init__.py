@@ -7,7 +7,9 @@ plain arguments, so nothing below the jobs, the cluster room and the doors impor
 
     settings.py         what all groups share
     labelling.py        label_images, evaluate_boxes, draw_boxes, demo
+    training.py         what all training jobs share
     classifier_groups.py, classification.py   train_classifier, compare_runs
+    pretraining.py      pretrain_dino
     presets.py          the papers' rows and the published recipes, as values of those knobs
 """
 
@@ -29,7 +31,9 @@ from pipeline.config.labelling import (
     LabelJob,
     LocalizationConfig,
 )
+from pipeline.config.pretraining import PretrainDinoJob
 from pipeline.config.settings import Settings, TrackedSettings, flatten
+from pipeline.config.training import TrainingJob
 
 __all__ = [
     "AugmentConfig",
@@ -46,8 +50,10 @@ __all__ = [
     "LabelJob",
     "LocalizationConfig",
     "OptimConfig",
+    "PretrainDinoJob",
     "Settings",
     "TrackedSettings",
     "TrainClassifierJob",
+    "TrainingJob",
     "flatten",
 ]

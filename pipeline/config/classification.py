@@ -1,41 +1,24 @@
 """The jobs that train a classifier with DRLoc and that compare such runs."""
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
 from pipeline.config.classifier_groups import (
     AugmentConfig,
     ClassifierConfig,
-    Count,
     DataConfig,
     DRLocConfig,
     OptimConfig,
-    Positive,
 )
-from pipeline.config.settings import (
-    PositiveInt,
-    Precision,
-    Seed,
-    Settings,
-    TrackedSettings,
-    flatten,
-)
+from pipeline.config.settings import PositiveInt, Settings, flatten
+from pipeline.config.training import TrainingJob
 
 
-class TrainClassifierJob(TrackedSettings):
+class TrainClassifierJob(TrainingJob):
     """Train an image classifier, with DRLoc beside the cross-entropy."""
 
-    goes_on_with: ClassVar = "the same command"
-
     data: DataConfig
-
-    output: str = "runs"
-    """Folder (or URI) of all runs; each has its own below it, named by what it is. For several
-    machines, on storage they all see."""
-
-    overwrite: bool = False
-    """Delete what this very run has done so far; without it, it goes on or tells its result."""
 
     export: str | None = None
     """Also write model.safetensors, config.json and model.onnx here."""
@@ -43,53 +26,11 @@ class TrainClassifierJob(TrackedSettings):
     onnx: bool = True
     """Make the export hold an ONNX file, compared with the network before it is kept."""
 
-    epochs: PositiveInt = 100
-    """Passes over the training images."""
-
     stop_after: PositiveInt | None = None
     """Stop after so many epochs of the schedules (the released code: 101 of 300)."""
 
-    batch_size: PositiveInt = 256
-    """Images per step over all workers together."""
-
-    seed: Seed = 0
-    """Of everything random: weights, order, augmentation, pairs."""
-
-    num_workers: Count = 1
-    """Ray Train workers; 0 trains in this process, without Ray."""
-
-    min_workers: PositiveInt | None = None
-    """Elastic: go on with as few as these while nodes are missing."""
-
-    use_gpu: bool = False
-    """Give each worker a GPU."""
-
-    cpus_per_worker: PositiveInt = 1
-    """Cores each worker reserves; without GPUs also its torch threads."""
-
-    wait: bool = False
-    """Ask for more workers than the cluster has room for now; the autoscaler brings nodes."""
-
-    max_failures: Count = 3
-    """How often workers may die before the job gives up."""
-
-    timeout_s: Annotated[float, Field(ge=10)] = 1800.0
-    """Seconds a worker waits for the others before it calls them lost."""
-
-    precision: Precision = "fp32"
-    """Autocast of the forward pass; fp16 scales the loss."""
-
     channels_last: bool = False
     """Keep images as NHWC in memory."""
-
-    compile: bool = False
-    """torch.compile the network."""
-
-    gradient_norm_steps: Count = 100
-    """Steps between measurements of each loss's gradient; 0 never."""
-
-    progress_seconds: Positive = 5.0
-    """Seconds between progress lines where the output is not a terminal."""
 
     model: ClassifierConfig = ClassifierConfig()
     drloc: DRLocConfig = DRLocConfig()
@@ -113,11 +54,7 @@ class TrainClassifierJob(TrackedSettings):
             raise ValueError(
                 "--model.pretrained and --model.checkpoint contradict each other: give one of them"
             )
-        if self.min_workers is not None and self.min_workers > self.num_workers:
-            raise ValueError(
-                f"--min-workers must be at most --num-workers, {self.num_workers}, "
-                f"got {self.min_workers}"
-            )
+        self.require_agreeing_workers()
         if self.drloc.reduction == "paper" and self.drloc.mode != "l1":
             raise ValueError("--drloc.reduction paper is Eq. 2, which has --drloc.mode l1 only")
         if self.drloc.normalize != "none" and self.drloc.mode != "l1":
@@ -135,11 +72,14 @@ class TrainClassifierJob(TrackedSettings):
         """Epochs that are really trained."""
         return min(self.epochs, self.stop_after or self.epochs)
 
-    def what_decides_the_weights(self) -> dict[str, Any]:
-        """The part of the configuration that a run is named and resumed by, as flat JSON values.
+    @property
+    def slug(self) -> str:
+        """Data, model, lambda and seed."""
+        model = self.model.name.replace("/", "-").replace(":", "-")
+        return f"{self.data.name}-{model}-drloc{self.drloc.weight:g}-seed{self.seed}"
 
-        How many workers share the work is left out: they change the sums' order, not the method.
-        """
+    def what_decides_the_weights(self) -> dict[str, Any]:
+        """See the base class."""
         named = ("data", "epochs", "stop_after", "batch_size", "seed", "precision")
         groups = self.model_dump(
             mode="json", include={*named, "model", "drloc", "optim", "augment"}

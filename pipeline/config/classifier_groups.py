@@ -14,6 +14,7 @@ from pipeline.config.settings import (
     PositiveInt,
     Settings,
 )
+from pipeline.config.training import Below1, Count, NonNegative, Positive, Probability
 from pipeline.storage import one_line
 
 DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")
@@ -36,11 +37,6 @@ DataName = Literal[
 ]
 Tap = Literal["pre_norm", "post_norm"]
 Pooling = Literal["none", "mean_2x2", "overlap_3x3"]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Probability = Annotated[float, Field(ge=0, le=1)]
-Below1 = Annotated[float, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=0)]
 
 
 class DataConfig(Settings):

@@ -3,7 +3,7 @@
 The layouts are those of `labelled_folders`, also below one folder of the archive's own. Meant for
 many small files (60,000 images of 32 pixels take 55 MB); a large archive is better unpacked.
 
-To read another kind of archive: a generator like `_members`, and its ending in ``ENDINGS``.
+To read another kind of archive: a generator like `archive_members`, and its ending in ``ENDINGS``.
 """
 
 import tarfile
@@ -40,7 +40,7 @@ def read_archive(path: str, *, max_bytes: int = MAX_BYTES) -> Parts:
             laid out in class folders.
     """
     skipped: Counter[str] = Counter()
-    files = dict(_members(path, skipped, max_bytes))
+    files = dict(archive_members(path, skipped, max_bytes))
     listing = _arrange(sorted(files), skipped)
     if not listing.get("train"):
         raise DataError(
@@ -56,8 +56,14 @@ def read_archive(path: str, *, max_bytes: int = MAX_BYTES) -> Parts:
     return Parts(classes, images["train"], images.get("validation"), images.get("test"), notes)
 
 
-def _members(path: str, skipped: Counter[str], max_bytes: int) -> Iterator[tuple[str, bytes]]:
-    """Name and bytes of every image in the archive."""
+def archive_members(
+    path: str, skipped: Counter[str], max_bytes: int = MAX_BYTES
+) -> Iterator[tuple[str, bytes]]:
+    """Name and bytes of every image in the archive; what is none is counted in ``skipped``.
+
+    Raises:
+        DataError: the archive cannot be read, or is larger than ``max_bytes`` of images.
+    """
     extensions, total = image_extensions(), 0
     try:
         with tarfile.open(path) as archive:

@@ -3,7 +3,8 @@
 ``build_backbone`` gives frozen patch features, ``build_model`` a classifier to be trained.
 
 To add a backbone: a plain timm ViT needs nothing. Weights that timm does not list get a line in
-``_PUBLISHED_ELSEWHERE``; a convolutional network gets a name in ``CNNS`` and a case in ``_cnn``.
+``_PUBLISHED_ELSEWHERE``, a ViT of another shape than timm's one in ``OWN_VITS``; a convolutional
+network gets a name in ``CNNS`` and a case in ``_cnn``.
 To add a classifier: timm's need nothing; a network of our own gets a name in ``OWN_CLASSIFIERS``
 (``own_classifiers.py``). This is the only file that imports timm.
 """
@@ -63,6 +64,12 @@ _PUBLISHED_ELSEWHERE = {
         f"{_DINO}/dino_resnet50_pretrain/dino_resnet50_pretrain.pth",
     ),
 }
+
+
+OWN_VITS: dict[str, tuple[str, dict[str, Any]]] = {
+    "vit_nano_patch8": ("vit_tiny_patch16_224", {"patch_size": 8, "img_size": 64, "depth": 6}),
+}
+"""ViTs of other shapes than timm's: its nearest architecture, and what is different."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -277,11 +284,36 @@ def _cnn(name: str, weights: Weights | None) -> nn.Module:
 
 def _vit(name: str, weights: Weights | None) -> nn.Module:
     """The plain ViT of that name, with the weights."""
-    skeleton = _require_supported(name)
     if weights is None:
-        vit: nn.Module = timm.create_model(_architecture(name), num_classes=0)
-        return vit
-    return _fill(skeleton, weights)
+        return build_vit(name)
+    return _fill(_require_supported(name), weights)
+
+
+def build_vit(name: str, *, drop_path: float = 0.0, weights: Weights | None = None) -> nn.Module:
+    """A plain ViT without a classifier, to be trained, on the CPU.
+
+    Args:
+        name: As for ``load_weights``, but no convolutional network.
+        drop_path: Stochastic depth, the rate of the last block.
+        weights: To start from; None draws them from the global generator.
+
+    Raises:
+        ConfigError: there is no such ViT.
+        WeightsError: the weights do not fit.
+    """
+    if name in CNNS:
+        raise ConfigError(f"model.name must be a ViT, got {name}")
+    _require_supported(name)
+    vit = _create_vit(name, drop_path_rate=drop_path)
+    if weights is not None:
+        fit_state_dict(vit, _timm_names(weights.state_dict, vit), weights.source)
+    return vit
+
+
+def _create_vit(name: str, **arguments: Any) -> nn.Module:
+    architecture, own = OWN_VITS.get(name, (_architecture(name), {}))
+    vit: nn.Module = timm.create_model(architecture, num_classes=0, **own, **arguments)
+    return vit
 
 
 def _fill(skeleton: nn.Module, weights: Weights) -> nn.Module:
@@ -322,7 +354,7 @@ def _require_supported(name: str) -> nn.Module:
     """The network without memory (on the meta device), once it is known to be one we can use."""
     _require_known(name)
     with torch.device("meta"):
-        network: nn.Module = timm.create_model(_architecture(name), num_classes=0)
+        network = _create_vit(name)
     if name not in CNNS and not _is_plain_vit(network):
         raise ConfigError(
             f"backbone.name must be a plain timm ViT (learned absolute positions, fused qkv) or "
@@ -344,13 +376,13 @@ def _is_plain_vit(network: Any) -> bool:
 def _require_known(name: str) -> None:
     """Raise ConfigError with the nearest names unless timm or we know this one."""
     architecture, _, tag = name.partition(".")
-    if name in CNNS or name in _PUBLISHED_ELSEWHERE:
+    if name in CNNS or name in _PUBLISHED_ELSEWHERE or name in OWN_VITS:
         return
     if timm.is_model(architecture) and (not tag or name in get_arch_pretrained_cfgs(architecture)):
         return
     vits = {n for kind in ("vit_*", "deit*") for n in [*timm.list_models(kind)]}
     tagged = {n for kind in ("vit_*", "deit*") for n in timm.list_pretrained(kind)}
-    known = sorted({*vits, *tagged, *CNNS, *_PUBLISHED_ELSEWHERE})
+    known = sorted({*vits, *tagged, *CNNS, *OWN_VITS, *_PUBLISHED_ELSEWHERE})
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}?" if close else "see timm.list_models('vit_*')"
     raise ConfigError(

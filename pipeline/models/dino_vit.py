@@ -46,7 +46,7 @@ class ViTFeatures(FeatureExtractor):
         """
         super().__init__()
         parts: Any = vit
-        _require_plain_vit(parts)
+        require_plain_vit(parts)
         blocks = list(parts.blocks)
         if not -len(blocks) <= block < len(blocks):
             raise ConfigError(
@@ -143,7 +143,7 @@ def interpolate_positions(
     return torch.cat([pos_embed_1ND[:, :num_prefix], patches_1ND], dim=1)
 
 
-def _require_plain_vit(vit: Any) -> None:
+def require_plain_vit(vit: Any) -> None:
     """Raise ConfigError unless the parts we take over are there and mean what we think."""
     reason = _why_not_plain(vit)
     if reason:

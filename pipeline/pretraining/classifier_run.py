@@ -4,19 +4,15 @@ The same function trains in this process, under torchrun and as a Ray Train work
 together is asked of torch (training/workers.py). Rank 0 alone writes; all read the same folder.
 """
 
-import platform
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 
-from pipeline.config import TrainClassifierJob, flatten
+from pipeline.config import TrainClassifierJob
 from pipeline.data.batches import BatchLoader
 from pipeline.data.pseudo_labels import config_hash
 from pipeline.errors import StorageError
@@ -24,23 +20,23 @@ from pipeline.evaluation.confusion import Confusion, count_confusion
 from pipeline.models.exporting import ClassifierDescription, Preprocessing, export_classifier
 from pipeline.pretraining.classifier_setup import ClassifierSetup, set_up
 from pipeline.pretraining.figures import confusion_picture, curves_picture
-from pipeline.pretraining.run_folder import RunFolder, run_name
-from pipeline.pretraining.run_record import RunRecord, log_history, log_results, open_tracker
+from pipeline.pretraining.run_folder import RunFolder
+from pipeline.pretraining.run_life import (
+    Outside,
+    finished_results,
+    go_back_to_latest,
+    log_settings,
+    open_job_tracker,
+    summary_of,
+)
+from pipeline.pretraining.run_record import Epoch, RunRecord, log_results
 from pipeline.pretraining.step_fault import keep_fault
-from pipeline.tracking import OFF, NoTracker, Tracker
+from pipeline.tracking import NoTracker, Tracker
 from pipeline.training.loop import AUTOCAST, Hooks, StepFault, train
 from pipeline.training.workers import Workers
 
-
-@dataclass(frozen=True)
-class Outside:
-    """What a run tells to whoever started it, rank 0 alone but for ``report``."""
-
-    tell: Callable[[str], None]
-    """A line for people."""
-
-    report: Callable[[dict[str, float]], None] = lambda numbers: None
-    """An epoch's numbers, from every worker: Ray Train counts the calls."""
+KIND = "classifier"
+"""Of these runs, in summaries and MLflow."""
 
 
 def train_classifier_here(
@@ -56,18 +52,14 @@ def train_classifier_here(
     Raises:
         PatchseedError: as errors.py lists; finished epochs are kept.
     """
-    finished = workers.from_first(folder.summary() if workers.is_first else None)
+    finished = finished_results(job, folder, workers, outside, _tags(job))
     if finished is not None:
-        if workers.is_first:
-            outside.tell(f"{folder.place} is finished already: these are its results")
-            _tell_again(job, folder, finished)
-        outside.report(finished["metrics"])
-        return dict(finished)
+        return finished
     setup = set_up(job, workers)
     record = _open_record(job, folder, setup, outside) if workers.is_first else None
     tracker = record.tracker if record else NoTracker()
     with tracker:
-        _go_back_to_latest(folder, setup, workers, record)
+        go_back_to_latest(folder, setup.state, setup.settings.num_epochs, workers, record)
         run = _Run(job, folder, workers, outside, setup, record)
         train(setup.task, setup.state, setup.settings, workers, run.hooks())
         return run.finish(tracker)
@@ -134,23 +126,13 @@ class _Run:
         return summary
 
     def _summary(self, metrics: dict[str, float]) -> dict[str, Any]:
-        weights = self.setup.weights
+        weights, side = self.setup.weights, self.setup.augment.image_size
         return {
-            "kind": "classifier",
-            "finished": True,
-            "name": run_name(self.job),
-            "config_hash": config_hash(self.job.what_decides_the_weights()),
+            **summary_of(self.job, KIND, self.workers, metrics),
             "pair_key": config_hash(self.job.what_pairs()),
-            "config": self.job.model_dump(mode="json"),
             "data": self.setup.data.describe(),
-            "grids": self.setup.task.objective.classifier.grid_shapes(
-                (self.setup.augment.image_size, self.setup.augment.image_size)
-            ),
+            "grids": self.setup.task.objective.classifier.grid_shapes((side, side)),
             "started_from": None if weights is None else weights.sha256,
-            "metrics": metrics,
-            "num_workers": self.workers.size,
-            "versions": versions(),
-            "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         }
 
     def _write_results(
@@ -160,7 +142,7 @@ class _Run:
         model = self.folder.place.child("model")
         export_classifier(self.setup.evaluated, describe(self.job, self.setup, summary), model)
         figures = {
-            "curves": curves_picture(self.record.history, self.record.floor_cells),
+            "curves": curves_picture(self.record.history, _floor_cells(self.setup)),
             "confusion": confusion_picture(confusion, self.setup.data.classes),
         }
         for name, picture in figures.items():
@@ -195,37 +177,13 @@ def measure(
     return Confusion(workers.total(counts_KK).cpu().numpy())
 
 
-def _go_back_to_latest(
-    folder: RunFolder, setup: ClassifierSetup, workers: Workers, record: RunRecord | None
-) -> None:
-    """Continue after the newest whole checkpoint, if there is one.
-
-    Raises:
-        StorageError: the workers do not see the same folder, or no checkpoint can be read.
-    """
-    latest = folder.checkpoints.latest()
-    epoch = -1 if latest is None else latest.epoch
-    if workers.from_first(epoch) != epoch:
-        raise StorageError(
-            f"--output must be on storage that all workers see, got {folder.place}: worker "
-            f"{workers.rank} finds other checkpoints there than worker 0"
-        )
-    if latest is None:
-        return
-    setup.state.load_state_dict(latest.state["loop"])
-    if record is not None:
-        record.history[:] = latest.state["history"]
-        record.tell(f"going on after epoch {epoch + 1} of {setup.settings.num_epochs}")
-
-
 def _open_record(
     job: TrainClassifierJob, folder: RunFolder, setup: ClassifierSetup, outside: Outside
 ) -> RunRecord:
-    drloc = setup.task.objective.drloc
     for line in describe_lines(setup):
         outside.tell(line)
     tracker = open_job_tracker(job, folder)
-    _log_settings(tracker, job)
+    log_settings(tracker, job, _tags(job))
     tracker.set_tags({f"data.{name}": value for name, value in setup.data.describe().items()})
     return RunRecord(
         folder=folder,
@@ -234,8 +192,33 @@ def _open_record(
         num_epochs=setup.settings.num_epochs,
         steps_per_epoch=setup.task.steps_per_epoch,
         every_s=job.progress_seconds,
-        floor_cells=None if drloc is None else drloc.floor_cells,
+        shown=partial(_shown, floor_cells=_floor_cells(setup)),
     )
+
+
+def _tags(job: TrainClassifierJob) -> dict[str, str]:
+    return {"patchseed.kind": KIND, "patchseed.pair_key": config_hash(job.what_pairs())}
+
+
+def _floor_cells(setup: ClassifierSetup) -> float | None:
+    """The position error of the best constant guess, which a head that learns stays below."""
+    drloc = setup.task.objective.drloc
+    return None if drloc is None else drloc.floor_cells
+
+
+def _shown(history: Sequence[Epoch], *, floor_cells: float | None) -> str:
+    """The last epoch, for people."""
+    numbers = history[-1]
+    best = max(history, key=lambda one: (one["val/accuracy"], -one["epoch"]))
+    parts = [f"loss {numbers['train/loss']:.3f}"]
+    if "train/drloc" in numbers:
+        parts.append(
+            f"drloc {numbers['train/drloc']:.3f} (off by "
+            f"{numbers['train/drloc_error_cells']:.2f} cells, a constant by {floor_cells:.2f})"
+        )
+    parts.append(f"val {numbers['val/accuracy']:.2%}")
+    parts.append(f"best {best['val/accuracy']:.2%} (epoch {best['epoch']:.0f})")
+    return " ".join(parts)
 
 
 def describe_lines(setup: ClassifierSetup) -> list[str]:
@@ -257,43 +240,6 @@ def describe_lines(setup: ClassifierSetup) -> list[str]:
     if drloc is None:
         return [*lines, "DRLoc is off: this is the paired baseline"]
     return [*lines, f"DRLoc: a constant guess is off by {drloc.floor_cells:.3f} cells"]
-
-
-def open_job_tracker(job: TrainClassifierJob, folder: RunFolder) -> Tracker:
-    """The MLflow run of the job's run folder."""
-    if job.tracking_uri == OFF:
-        return NoTracker()
-    name = job.run_name or run_name(job)
-    local = Path(folder.place.path) if folder.place.is_local else Path(tempfile.gettempdir())
-    return open_tracker(
-        folder,
-        uri=job.tracking_uri,
-        experiment=job.experiment,
-        run_name=name,
-        spool=local / "_tracking",
-    )
-
-
-def _log_settings(tracker: Tracker, job: TrainClassifierJob) -> None:
-    tracker.log_params(flatten(job.model_dump(mode="json")))
-    tracker.set_tags(
-        {
-            "patchseed.kind": "classifier",
-            "patchseed.finished": "false",
-            "patchseed.config_hash": config_hash(job.what_decides_the_weights()),
-            "patchseed.pair_key": config_hash(job.what_pairs()),
-            "patchseed.run": run_name(job),
-        }
-    )
-
-
-def _tell_again(job: TrainClassifierJob, folder: RunFolder, summary: dict[str, Any]) -> None:
-    with open_job_tracker(job, folder) as tracker:
-        _log_settings(tracker, job)
-        latest = folder.checkpoints.latest()
-        if latest is not None:
-            log_history(tracker, latest.state["history"])
-        log_results(tracker, summary, {})
 
 
 def describe(
@@ -320,9 +266,3 @@ def describe(
         metrics=summary["metrics"],
         made_by={name: value for name, value in summary.items() if name != "metrics"},
     )
-
-
-def versions() -> dict[str, str]:
-    """What the numbers may depend on."""
-    packages = ("patchseed", "torch", "torchvision", "timm")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}

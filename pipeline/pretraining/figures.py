@@ -180,11 +180,35 @@ def _draw_gradient_norms(run: _Run, axes: Axes) -> None:
         axes.set_ylim(bottom=0)
 
 
+def _draw_dino_loss(run: _Run, axes: Axes) -> None:
+    _title(axes, "loss to the teacher")
+    _line(run, axes, "train/dino", "cross-entropy", _BLUE)
+    _line(run, axes, "train/teacher_entropy", "the teacher's own entropy", _ORANGE, "--")
+
+
+def _draw_collapse(run: _Run, axes: Axes) -> None:
+    _title(axes, "collapse: where either is 0")
+    _line(run, axes, "train/divergence", "divergence from the teacher", _BLUE)
+    _line(run, axes, "train/feature_std", "spread of the features", _GREEN, "--")
+    axes.set_ylim(bottom=0)
+
+
+def _draw_probes(run: _Run, axes: Axes) -> None:
+    _title(axes, "probes")
+    looks = {"probe/corloc": ("CorLoc", _BLUE, "-"), "probe/knn": ("neighbours", _ORANGE, "--")}
+    for name, (label, colour, dashes) in looks.items():
+        _line(run, axes, name, label, colour, dashes)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+
+
 _PANELS: tuple[tuple[Callable[[_Run, Axes], None], str], ...] = (
     (_draw_loss, "train/cross_entropy"),
     (_draw_accuracy, "val/accuracy"),
     (_draw_drloc, "train/drloc"),
     (_draw_position_error, "train/drloc_error_cells"),
+    (_draw_dino_loss, "train/dino"),
+    (_draw_collapse, "train/divergence"),
+    (_draw_probes, "probe/corloc"),
     (_draw_learning_rate, "lr"),
     (_draw_gradient_norms, "grad_norm/total"),
 )

@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from pipeline import errors
-from pipeline.config import TrainClassifierJob
+from pipeline.config import TrainingJob
 from pipeline.data.pseudo_labels import config_hash
 from pipeline.errors import PatchseedError, StorageError
 from pipeline.lease import Lease
@@ -35,11 +35,9 @@ _LEASE = "_lease.json"
 _FAULT = "fault.json"
 
 
-def run_name(job: TrainClassifierJob) -> str:
-    """Data, model, lambda and seed for people, and a hash of all settings that count."""
-    model = job.model.name.replace("/", "-").replace(":", "-")
-    told = f"{job.data.name}-{model}-drloc{job.drloc.weight:g}-seed{job.seed}"
-    return f"{told}-{config_hash(job.what_decides_the_weights())[:8]}"
+def run_name(job: TrainingJob) -> str:
+    """What the run is for people, and a hash of all settings that count."""
+    return f"{job.slug}-{config_hash(job.what_decides_the_weights())[:8]}"
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ class RunFolder:
     place: Location
 
     @classmethod
-    def of(cls, job: TrainClassifierJob) -> "RunFolder":
+    def of(cls, job: TrainingJob) -> "RunFolder":
         """The folder that belongs to the job's settings.
 
         Raises:
@@ -62,7 +60,7 @@ class RunFolder:
         return CheckpointStore(self.place.child("checkpoints"))
 
     @contextmanager
-    def held(self, job: TrainClassifierJob) -> Iterator[None]:
+    def held(self, job: TrainingJob) -> Iterator[None]:
         """This job's alone, and begun; a run that was refused before it trained leaves nothing.
 
         Raises:
@@ -77,7 +75,7 @@ class RunFolder:
                     self.place.delete()
                 raise
 
-    def begin(self, job: TrainClassifierJob) -> None:
+    def begin(self, job: TrainingJob) -> None:
         """Make the folder the job's: empty it if told so, write the settings, forget old faults.
 
         Raises:
@@ -87,7 +85,7 @@ class RunFolder:
         others = [name for name in self.place.names() if name not in (_OURS, _LEASE)]
         if others and config.kind() == "missing":
             raise StorageError(
-                f"{self.place} holds {others[0]} but no {_OURS}: it is no run of train_classifier; "
+                f"{self.place} holds {others[0]} but no {_OURS}: it is no run of this job; "
                 "move it away or choose another --output"
             )
         if job.overwrite:

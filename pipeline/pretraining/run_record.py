@@ -34,8 +34,8 @@ class RunRecord:
     num_epochs: int
     steps_per_epoch: int
     every_s: float
-    floor_cells: float | None
-    """The position error of the best constant guess, which a head that learns stays below."""
+    shown: Callable[[Sequence[Epoch]], str]
+    """The last epoch of a history in a few words for people."""
 
     history: list[Epoch] = field(default_factory=list)
     _told: float = field(default_factory=time.monotonic)
@@ -65,22 +65,13 @@ class RunRecord:
             self.folder.place.child("history.jsonl").write_bytes(lines.encode())
         except StorageError as fault:
             _LOG.warning("the history of epoch %d is not written: %s", epoch + 1, fault)
-        self.tell(f"epoch {epoch + 1}/{self.num_epochs} {self._shown(numbers)}")
+        self.tell(f"epoch {epoch + 1}/{self.num_epochs} {self._shown()}")
         self._told = self._epoch_began = time.monotonic()
         self._images = 0
 
-    def _shown(self, numbers: Mapping[str, float]) -> str:
-        best = max(self.history, key=lambda one: (one["val/accuracy"], -one["epoch"]))
-        parts = [f"loss {numbers['train/loss']:.3f}"]
-        if "train/drloc" in numbers:
-            parts.append(
-                f"drloc {numbers['train/drloc']:.3f} (off by "
-                f"{numbers['train/drloc_error_cells']:.2f} cells, a constant by "
-                f"{self.floor_cells:.2f})"
-            )
-        parts.append(f"val {numbers['val/accuracy']:.2%}")
-        parts.append(f"best {best['val/accuracy']:.2%} (epoch {best['epoch']:.0f})")
-        parts.append(f"{numbers['train/images_per_second']:,.1f} img/s")
+    def _shown(self) -> str:
+        parts = [self.shown(self.history)]
+        parts.append(f"{self.history[-1]['train/images_per_second']:,.1f} img/s")
         seconds = sum(one["seconds"] for one in self.history) / len(self.history)
         left = self.num_epochs - int(self.history[-1]["epoch"])
         if left:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pipeline.errors import TrainingDiverged
-from pipeline.training.optim import set_learning_rate
+from pipeline.training.optim import set_learning_rate, set_weight_decay
 from pipeline.training.workers import Workers
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -95,6 +95,9 @@ class LoopSettings:
     """Of the optimiser step, from 0 over the whole run."""
 
     seed: int
+    weight_decay: Callable[[int], float] | None = None
+    """Of the optimiser step, where it changes; None leaves the groups as they were built."""
+
     clip: float = 0.0
     precision: str = "fp32"
     gradient_norm_steps: int = 0
@@ -158,6 +161,12 @@ class Hooks:
     on_fault: Callable[[StepFault], str] = lambda fault: "nothing was kept of it"
     """Keeps what replays the step; says where."""
 
+    before_update: Callable[[StepKey], None] = lambda key: None
+    """When a step's gradient is whole and not yet clipped; what must not learn loses it here."""
+
+    after_update: Callable[[StepKey], None] = lambda key: None
+    """When the weights have moved: what follows them (a teacher) does so here."""
+
 
 def train(
     task: Task, state: LoopState, settings: LoopSettings, workers: Workers, hooks: Hooks
@@ -208,6 +217,8 @@ def _epoch(
     for index, batch in enumerate(task.begin_epoch(epoch)):
         key = StepKey(epoch, epoch * task.steps_per_epoch + index)
         set_learning_rate(state.optimizer, settings.learning_rate(key.step))
+        if settings.weight_decay is not None:
+            set_weight_decay(state.optimizer, settings.weight_decay(key.step))
         parts = task.parts(batch, key)
         split = settings.gradient_norm_steps and key.step % settings.gradient_norm_steps == 0
         told: list[Losses] = []
@@ -225,12 +236,14 @@ def _epoch(
                 scaled = state.scaler.scale(_spoilt_unless_finite(loss))
                 scaled.backward()  # type: ignore[no-untyped-call]
             means.add(losses, part.num_images)
+        hooks.before_update(key)
         norm = _step(state, settings.clip)
         if not _is_fine(norm, state.scaler):
             fault = StepFault(key, parts, [_floats(one) for one in told])
             kept = hooks.on_fault(fault)
             raise TrainingDiverged(_diverged(fault, settings.precision, kept))
         if math.isfinite(norm):
+            hooks.after_update(key)
             means.add_norms({"total": norm})
         hooks.on_step(key, parts[0].num_global)
     seconds = time.perf_counter() - started

@@ -50,14 +50,20 @@ def parameter_groups(
     if unknown := sorted(scales.keys() - names):
         raise ValueError(f"lr_scales names parameters that do not exist: {', '.join(unknown[:3])}")
     exempt = _exempt_names(module)
-    groups: dict[tuple[float, float], ParameterGroup] = {}
+    groups: dict[tuple[bool, float], ParameterGroup] = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
-        decay = 0.0 if name in exempt else weight_decay
+        decays = name not in exempt
         scale = scales.get(name, 1.0)
         group = groups.setdefault(
-            (decay, scale), {"params": [], "weight_decay": decay, "lr_scale": scale}
+            (decays, scale),
+            {
+                "params": [],
+                "weight_decay": weight_decay if decays else 0.0,
+                "lr_scale": scale,
+                "decays": decays,
+            },
         )
         # With names, so that a checkpoint tells which state belongs to which parameter.
         group["params"].append((name, parameter))
@@ -187,6 +193,13 @@ def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
     """Have every group learn at ``lr`` times its ``lr_scale``."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+def set_weight_decay(optimizer: Optimizer, weight_decay: float) -> None:
+    """Have every group that decays at all decay so."""
+    for group in optimizer.param_groups:
+        if group["decays"]:
+            group["weight_decay"] = weight_decay
 
 
 def scaled_lr(lr: float, batch: int, reference_batch: int) -> float:

@@ -1,4 +1,4 @@
-"""Learning rate and loss weight over a run: numbers in, a number out, no state to save.
+"""Rates, weights and temperatures over a run: numbers in, a number out, no state to save.
 
 To add a schedule: a function. One of the loss weight also needs a case in ``drloc_weight`` and its
 name in ``WeightSchedule``.
@@ -44,9 +44,31 @@ def warmup_cosine(
         )
     if step < warmup_steps:
         return warmup_start + step * (peak - warmup_start) / warmup_steps
+    return cosine(step, start=peak, end=floor, total_steps=total_steps)
+
+
+def warmup_then_cosine(
+    step: int, *, peak: float, floor: float, warmup_steps: int, total_steps: int
+) -> float:
+    """DINO's learning rate: a line from 0 to ``peak``, and only then half a cosine to ``floor``.
+
+    Unlike in ``warmup_cosine``, the cosine starts where the warm-up ends, at ``peak`` itself.
+
+    Raises:
+        ValueError: a number of steps is below 0, or the warm-up longer than all.
+    """
+    if not 0 <= warmup_steps <= total_steps or step < 0:
+        raise ValueError(
+            "warmup_steps must be in [0, total_steps] and step at least 0, "
+            f"got {warmup_steps}, {total_steps} and {step}"
+        )
+    if step < warmup_steps:
+        # The last of the warm-up is the peak, as numpy's linspace has it.
+        return peak * step / max(warmup_steps - 1, 1)
     if step >= total_steps:
         return floor
-    return floor + 0.5 * (peak - floor) * (1 + math.cos(math.pi * step / total_steps))
+    rest = total_steps - warmup_steps
+    return cosine(step - warmup_steps, start=peak, end=floor, total_steps=rest)
 
 
 def warmup_cosine_one_late(
@@ -71,6 +93,52 @@ def warmup_cosine_one_late(
         warmup_start=warmup_start,
         floor=floor,
     )
+
+
+def cosine(step: int, *, start: float, end: float, total_steps: int) -> float:
+    """Half a cosine, up or down: ``start`` at step 0, ``end`` at ``total_steps`` and after it.
+
+    DINO's weight decay (0.04 to 0.4) and the momentum of its teacher (0.996 to 1) go like this, per
+    update (Caron et al., ICCV 2021, sections 3.1 and 3.2).
+
+    Args:
+        step: updates made before this one.
+        start: value of the first update.
+        end: value from ``total_steps`` on.
+        total_steps: updates until the end, at least 1.
+
+    Raises:
+        ValueError: ``total_steps`` is below 1, or ``step`` below 0.
+    """
+    if total_steps < 1 or step < 0:
+        raise ValueError(
+            f"total_steps must be at least 1 and step at least 0, got {total_steps} and {step}"
+        )
+    if step >= total_steps:
+        return end
+    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * step / total_steps))
+
+
+def teacher_temperature(
+    epoch: int, *, start: float = 0.04, end: float = 0.04, warmup_epochs: int = 0
+) -> float:
+    """Temperature of DINO's teacher in an epoch (from 0), Caron et al., ICCV 2021, section 3.2.
+
+    In a line from ``start`` at epoch 0 to ``end`` at ``warmup_epochs``, then ``end``. The released
+    code arrives one epoch earlier, as its line has ``warmup_epochs`` points, both ends counted.
+
+    Raises:
+        ValueError: a temperature is not above 0, or ``epoch`` or ``warmup_epochs`` is below 0.
+    """
+    if not (start > 0 and end > 0):
+        raise ValueError(f"the teacher's temperatures must be above 0, got {start} and {end}")
+    if min(epoch, warmup_epochs) < 0:
+        raise ValueError(
+            f"epoch and warmup_epochs must be at least 0, got {epoch} and {warmup_epochs}"
+        )
+    if epoch >= warmup_epochs:
+        return end
+    return start + epoch * (end - start) / warmup_epochs
 
 
 def drloc_weight(

@@ -14,6 +14,7 @@ from pipeline.training.optim import (
     parameter_groups,
     scaled_lr,
     set_learning_rate,
+    set_weight_decay,
 )
 
 
@@ -189,6 +190,38 @@ def test_learning_rates_honour_each_groups_scale_from_the_first_step_and_after_a
     set_learning_rate(resumed, 3.0)
     assert sorted(group["lr"] for group in resumed.param_groups) == [0.03, 3.0]
     assert resumed.param_groups[0]["betas"] == (0.9, 0.999)
+
+
+@pytest.mark.parametrize("start", [0.1, 0.0])
+def test_a_new_weight_decay_reaches_who_decays_and_nobody_else(start: float) -> None:
+    network = Network()
+    scales = {"head.weight": 0.5, "head.bias": 0.5}
+
+    def built() -> torch.optim.Optimizer:
+        groups = parameter_groups(network, weight_decay=start, lr_scales=scales)
+        return build_optimizer(groups, kind="adamw", lr=1.0)
+
+    optimizer = built()
+    set_weight_decay(optimizer, 0.3)
+    # Two scales, each with and without decay; a start at 0 takes nobody out.
+    assert sorted(group["weight_decay"] for group in optimizer.param_groups) == [0, 0, 0.3, 0.3]
+    decayed = names_where(
+        [
+            {**group, "params": [(name, None) for name in group["param_names"]]}
+            for group in optimizer.param_groups
+        ],
+        weight_decay=0.3,
+    )
+    expected = names_where(parameter_groups(network, weight_decay=9.0), weight_decay=9.0)
+    assert decayed == expected
+    assert {group["lr"] for group in optimizer.param_groups} == {1.0, 0.5}
+    # A resumed run keeps both what it was and who it is for.
+    resumed = built()
+    resumed.load_state_dict(optimizer.state_dict())
+    set_weight_decay(resumed, 0.4)
+    assert [group["weight_decay"] for group in resumed.param_groups] == [
+        {0: 0, 0.3: 0.4}[group["weight_decay"]] for group in optimizer.param_groups
+    ]
 
 
 def test_building_an_optimiser_leaves_the_groups_as_they_were() -> None:

@@ -1,0 +1,49 @@
+"""The door of jobs/pretrain_dino.py: a DINO run, and its teacher at the top of the output."""
+
+import os
+from typing import Any
+
+from pipeline.cluster.training import absolute_tracking_uri, run_training, say
+from pipeline.config import PretrainDinoJob
+from pipeline.pretraining.dino_run import TEACHER, pretrain_dino_here
+from pipeline.pretraining.run_folder import RunFolder
+from pipeline.storage import Location
+
+
+def pretrain_dino(job: PretrainDinoJob) -> int:
+    """Train what ``job`` describes, or go on with it.
+
+    Returns:
+        The exit code: 0.
+
+    Raises:
+        PatchseedError: of the kind that errors.py lists; finished epochs are kept.
+    """
+    job = _with_absolute_places(job)
+
+    def finish(folder: RunFolder, summary: dict[str, Any]) -> None:
+        target = Location.parse(job.output)
+        for file in folder.place.child("model").files():
+            target.child(file.name).write_bytes(file.read_bytes())
+        say(f"teacher  {target.child(TEACHER)}")
+        say(
+            f"label    python jobs/label_images.py --backbone.name {job.model.name} "
+            f"--backbone.checkpoint {target.child(TEACHER)} --images ... --output ..."
+        )
+
+    return run_training(job, pretrain_dino_here, finish)
+
+
+def _with_absolute_places(job: PretrainDinoJob) -> PretrainDinoJob:
+    """The job as workers in other folders, and on other machines, understand it."""
+    init = job.init
+    if init is not None and os.path.exists(init):
+        init = os.path.abspath(init)
+    return job.model_copy(
+        update={
+            "output": str(Location.parse(job.output)),
+            "tracking_uri": absolute_tracking_uri(job.tracking_uri),
+            "images": tuple(str(Location.parse(text)) for text in job.images),
+            "init": init,
+        }
+    )

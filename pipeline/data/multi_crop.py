@@ -1,0 +1,227 @@
+"""Many random views of each image, made on the device for a whole batch: DINO's augmentation.
+
+Caron et al., "Emerging properties in self-supervised vision transformers", ICCV 2021, section 3.1
+and appendix; multi-crop is from Caron et al., "Unsupervised learning of visual features by
+contrasting cluster assignments" (SwAV), NeurIPS 2020. Two global views and some smaller local ones
+are cropped from each image, then varied in colour, blurred and solarised.
+
+``draw_views`` draws all random numbers of a batch, ``make_views`` draws none. So workers that draw
+for the whole batch and make their own ``rows`` of it see what one worker alone would have seen.
+To add a step: its numbers to ``MultiCropOptions``, its draws to ``Views`` and ``draw_views``, its
+function to ``batch_colour.py`` or ``batch_geometry.py``, its turn in ``_one_view``.
+
+Shape letters:  B images   V views of an image, the global ones first   H, W rows and columns in
+                pixels   S side of a view   4 (x0, y0, width, height) or the four adjustments
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from pipeline.data.batch_colour import (
+    adjust_brightness,
+    adjust_contrast,
+    adjust_hue,
+    adjust_saturation,
+    solarize,
+    to_gray,
+)
+from pipeline.data.batch_geometry import (
+    blur_matrix,
+    mirrored,
+    mix_rows_and_columns,
+    resampling_matrix,
+)
+from pipeline.data.crop_boxes import draw_boxes
+from pipeline.data.multi_crop_options import MultiCropOptions
+
+__all__ = ["NUM_GLOBAL", "MultiCropOptions", "Views", "draw_views", "make_views"]
+
+NUM_GLOBAL = 2
+
+_ADJUSTMENTS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+
+# A Gaussian holds all but 0.006 % of its weight within four standard deviations.
+_BLUR_REACH = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Views:
+    """All that was drawn for the views of a batch; tensors on the CPU, images first."""
+
+    size: tuple[int, int]
+    """Height and width in pixels of the images that it was drawn for."""
+
+    box_BV4: Tensor
+    flip_BV: Tensor
+    jitter_BV: Tensor
+
+    factor_BV4: Tensor
+    """Of brightness, contrast and saturation, and the turn of the hue."""
+
+    order_BV4: Tensor
+    """Which adjustment is made first, second, third and last; each image has its own order."""
+
+    gray_BV: Tensor
+    blur_BV: Tensor
+
+    sigma_BV: Tensor
+    """Of the blur, in pixels of the view; drawn for views without one, too."""
+
+    solarize_BV: Tensor
+
+    def __len__(self) -> int:
+        return len(self.box_BV4)
+
+    def rows(self, first: int, count: int) -> Self:
+        """The draws of ``count`` images from number ``first`` on, as views into these.
+
+        Raises:
+            ValueError: there are no such images.
+        """
+        if not 0 <= first <= first + count <= len(self):
+            raise ValueError(f"rows must lie in [0, {len(self)}), got {count} from {first} on")
+        return self._each(lambda drawn: drawn[first : first + count])
+
+    def view(self, number: int) -> Self:
+        """The draws of all images' view ``number``; the tensors lose their axis V."""
+        return self._each(lambda drawn: drawn[:, number])
+
+    def _each(self, take: Callable[[Tensor], Tensor]) -> Self:
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        tensors = {name: take(value) for name, value in values.items() if name != "size"}
+        return type(self)(size=self.size, **tensors)
+
+
+def draw_views(
+    num_images: int,
+    size: tuple[int, int],
+    options: MultiCropOptions,
+    generator: torch.Generator,
+) -> Views:
+    """Every random number of all views of a batch.
+
+    Args:
+        num_images: of the whole batch, whichever part of it is made here.
+        size: height and width of the images in pixels.
+        options: how often and how far views may differ.
+        generator: of the CPU, so that the numbers do not depend on the device.
+    """
+    num_views = NUM_GLOBAL + options.num_local
+    scales = [options.global_scale] * NUM_GLOBAL + [options.local_scale] * options.num_local
+    shape = (num_images, num_views)
+
+    def coins(probability: float | Tensor) -> Tensor:
+        return torch.rand(shape, generator=generator) < probability
+
+    def per_view(probability: tuple[float, float, float]) -> Tensor:
+        first, second, local = probability
+        return torch.tensor([first, second, *[local] * options.num_local])
+
+    def uniform(low: Tensor | float, high: Tensor | float, *last: int) -> Tensor:
+        return low + (high - low) * torch.rand((*shape, *last), generator=generator)
+
+    reach = torch.tensor([options.brightness, options.contrast, options.saturation, options.hue])
+    usual = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    lowest = torch.cat([(usual - reach)[:3].clamp(min=0), -reach[3:]])
+    return Views(
+        size=size,
+        box_BV4=draw_boxes(
+            num_images, torch.tensor(scales), size=size, ratio=options.ratio, generator=generator
+        ),
+        flip_BV=coins(options.hflip),
+        jitter_BV=coins(options.jitter_prob),
+        factor_BV4=uniform(lowest, usual + reach, 4),
+        order_BV4=torch.rand((*shape, 4), generator=generator).argsort(dim=2),
+        gray_BV=coins(options.gray_prob),
+        blur_BV=coins(per_view(options.blur_prob)),
+        sigma_BV=uniform(*options.blur_sigma),
+        solarize_BV=coins(per_view(options.solarize_prob)),
+    )
+
+
+@torch.no_grad()
+def make_views(
+    images_B3HW: Tensor, views: Views, options: MultiCropOptions
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Two global and ``num_local`` local views, ``(B, 3, S, S)`` float32 on the images' device.
+
+    Normalised by ``mean`` and ``std``. What an image becomes does not depend on the others.
+
+    Args:
+        images_B3HW: uint8, or float in [0, 255].
+        views: what ``draw_views`` drew for these images.
+        options: those that the views were drawn with.
+
+    Raises:
+        ValueError: the views were drawn for other images.
+    """
+    expected = (len(views), 3, *views.size)
+    if images_B3HW.shape != expected or views.flip_BV.shape[1] != NUM_GLOBAL + options.num_local:
+        raise ValueError(
+            f"images must be {expected} with {views.flip_BV.shape[1]} views as drawn, "
+            f"got {tuple(images_B3HW.shape)} with {NUM_GLOBAL + options.num_local}"
+        )
+    with torch.autocast(images_B3HW.device.type, enabled=False):
+        images_B3HW = images_B3HW.float() / 255
+        made = [
+            _one_view(images_B3HW, views.view(number), size, options)
+            for number, size in enumerate(
+                [options.global_size] * NUM_GLOBAL + [options.local_size] * options.num_local
+            )
+        ]
+    return made[:NUM_GLOBAL], made[NUM_GLOBAL:]
+
+
+def _one_view(images_B3HW: Tensor, view: Views, size: int, options: MultiCropOptions) -> Tensor:
+    """One view of every image, ``(B, 3, S, S)``; ``view`` has no axis V."""
+    made_B3SS = _crop(images_B3HW, view, size)
+    for turn in range(4):
+        for number, adjust in enumerate(_ADJUSTMENTS):
+            due_B = view.jitter_BV & (view.order_BV4[:, turn] == number)
+            _change_some(made_B3SS, due_B, adjust, view.factor_BV4[:, number])
+    _change_some(made_B3SS, view.gray_BV, to_gray)
+    radius = math.ceil(_BLUR_REACH * options.blur_sigma[1])
+    _change_some(
+        made_B3SS, view.blur_BV, lambda some, sigma: _blur(some, sigma, radius), view.sigma_BV
+    )
+    _change_some(made_B3SS, view.solarize_BV, solarize)
+    mean, std = (made_B3SS.new_tensor(rgb)[:, None, None] for rgb in (options.mean, options.std))
+    return made_B3SS.sub_(mean).div_(std)
+
+
+def _crop(images_B3HW: Tensor, view: Views, size: int) -> Tensor:
+    """Cropped, resized and mirrored; bicubic overshoots, so it is cut to [0, 1]."""
+    height, width = view.size
+    device = images_B3HW.device
+    # Copies from ordinary memory may be queued: the numbers are taken before the call returns.
+    x0_B, y0_B, width_B, height_B = view.box_BV4.to(device, non_blocking=True).unbind(1)
+    rows_BSH = resampling_matrix(y0_B, height_B, height, size)
+    columns_BSW = resampling_matrix(x0_B, width_B, width, size)
+    columns_BSW = mirrored(columns_BSW, view.flip_BV.to(device, non_blocking=True))
+    return mix_rows_and_columns(images_B3HW, rows_BSH, columns_BSW).clamp_(0, 1)
+
+
+def _blur(images_B3SS: Tensor, sigma_B: Tensor, radius: int) -> Tensor:
+    matrix_BSS = blur_matrix(sigma_B, images_B3SS.shape[-1], radius)
+    return mix_rows_and_columns(images_B3SS, matrix_BSS, matrix_BSS)
+
+
+def _change_some(
+    images_B3SS: Tensor, some_B: Tensor, change: Callable[..., Tensor], *numbers_B: Tensor
+) -> None:
+    """Put ``change(images, *numbers)`` in the place of the images that ``some_B`` selects.
+
+    The selection is known on the CPU: no work is done for the others, and a GPU is not waited for.
+    """
+    (chosen,) = some_B.nonzero(as_tuple=True)
+    if not len(chosen):
+        return
+    there = chosen.to(images_B3SS.device, non_blocking=True)
+    numbers = [drawn_B[chosen].to(images_B3SS.device, non_blocking=True) for drawn_B in numbers_B]
+    images_B3SS.index_copy_(0, there, change(images_B3SS.index_select(0, there), *numbers))

@@ -1,0 +1,169 @@
+"""What a network without labels has learnt, watched while it trains: boxes and neighbours.
+
+Neither probe trains anything or moves a random number. To watch something else: a function of the
+backbone here, and a line in ``dino_run._Run``.
+
+Shape letters:  N images   D channels
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pipeline.boxes import Boxes
+from pipeline.config import PretrainDinoJob
+from pipeline.data.labelled_archives import is_archive, read_archive
+from pipeline.data.labelled_folders import read_folder
+from pipeline.data.labelled_images import LabelledImages
+from pipeline.data.lake import Collection
+from pipeline.data.pixels import load_pixels, pixels_of_row
+from pipeline.data.unlabelled import middle_square
+from pipeline.errors import DataError
+from pipeline.evaluation.corloc import best_ious, central_boxes, corloc
+from pipeline.evaluation.evaluate import read_ground_truth
+from pipeline.evaluation.knn import knn_accuracy
+from pipeline.localization.localize import localize
+from pipeline.models.dino_network import DINONetwork
+from pipeline.models.dino_vit import ViTFeatures
+from pipeline.models.features import NORMALIZATIONS, normalize_and_pad
+from pipeline.storage import Location
+
+# White, as training has it where an image is transparent.
+_BACKGROUND = (255, 255, 255)
+_BATCH = 128
+
+
+@dataclass(frozen=True, eq=False)
+class BoxProbe:
+    """Photos and the boxes of their objects, at the size that the network is to see."""
+
+    photos: Sequence[NDArray[np.uint8]]
+    truths: Sequence[Boxes]
+
+    def central_rate(self) -> float:
+        """CorLoc of the box in the middle of each photo: what it takes to see nothing."""
+        sizes_N2 = np.array([(photo.shape[1], photo.shape[0]) for photo in self.photos], float)
+        return corloc(best_ious(central_boxes(sizes_N2, 0.7), self.truths))
+
+    @torch.inference_mode()
+    def rate(self, backbone: nn.Module, device: torch.device) -> float:
+        """CorLoc of SoLOST on the keys of the last block, as ``label_images.py`` labels."""
+        features = ViTFeatures(backbone).to(device)
+        mean, std = NORMALIZATIONS["imagenet"]
+        boxes_N4 = np.zeros((len(self.photos), 4))
+        for number, photo in enumerate(self.photos):
+            batch = normalize_and_pad([photo], multiple=features.patch_size, mean=mean, std=std)
+            found = localize(features(batch.to(device)).tokens_BHWD)
+            box_4 = found.boxes_B4[0].cpu().numpy() * features.patch_size
+            boxes_N4[number] = np.minimum(box_4, [photo.shape[1], photo.shape[0]] * 2)
+        return corloc(best_ious(boxes_N4, self.truths))
+
+
+def read_box_probe(images: str, ground_truth: str, *, max_side: int, num_images: int) -> BoxProbe:
+    """The first annotated photos of a collection, their longer side at most ``max_side``.
+
+    Raises:
+        DataError: no photo of the collection is annotated, or a file cannot be read.
+    """
+    truths = {
+        PurePosixPath(one.file_name).name: one
+        for one in read_ground_truth(Location.parse(ground_truth))
+    }
+    inputs = pa.concat_tables(list(Collection(images).chunks()))
+    named = [PurePosixPath(uri).name in truths for uri in inputs["uri"].to_pylist()]
+    chosen = inputs.filter(pa.array(named)).sort_by("uri").slice(0, num_images)
+    if not chosen.num_rows:
+        raise DataError(f"none of {inputs.num_rows} images of {images} is in {ground_truth}")
+    decoded = load_pixels(
+        chosen, min_side=1, max_side=max_side, max_pixels=10**9, background=_BACKGROUND
+    )
+    photos, boxes = [], []
+    for row, uri in enumerate(decoded["uri"].to_pylist()):
+        photo = pixels_of_row(decoded, row)
+        truth = truths[PurePosixPath(uri).name]
+        if photo is None or truth.width is None:
+            continue
+        photos.append(photo)
+        boxes.append(truth.boxes_N4 * (photo.shape[1] / truth.width))
+    return BoxProbe(photos, boxes)
+
+
+@dataclass(frozen=True, eq=False)
+class Probes:
+    """All that a job asked to be watched."""
+
+    boxes: BoxProbe | None
+    labelled: tuple[LabelledImages, LabelledImages] | None
+    side: int
+    """Of the squares that neighbours are looked for among, in pixels."""
+
+    def numbers(self, teacher: DINONetwork, device: torch.device) -> dict[str, float]:
+        """``probe/corloc`` and ``probe/knn``, each in [0, 1], where they were asked for."""
+        found = {}
+        if self.boxes is not None:
+            found["probe/corloc"] = self.boxes.rate(teacher.backbone, device)
+        if self.labelled is not None:
+            train, test = self.labelled
+            found["probe/knn"] = neighbour_accuracy(
+                teacher, train, test, side=self.side, device=device
+            )
+        return found
+
+
+def read_probes(job: PretrainDinoJob) -> Probes:
+    """The probes of the job's settings.
+
+    Raises:
+        DataError: photos, boxes or class folders cannot be read, or do not belong together.
+    """
+    chosen, boxes, labelled = job.probe, None, None
+    if chosen.images is not None and chosen.ground_truth is not None:
+        boxes = read_box_probe(
+            chosen.images,
+            chosen.ground_truth,
+            max_side=chosen.max_side,
+            num_images=chosen.num_images,
+        )
+    if chosen.labelled is not None:
+        root = str(Location.parse(chosen.labelled))
+        parts = read_archive(root) if is_archive(root) else read_folder(root)
+        if parts.test is None:
+            raise DataError(f"--probe.labelled must hold train/ and test/, {root} has no test/")
+        labelled = (parts.train, parts.test)
+    return Probes(boxes, labelled, job.crops.global_size)
+
+
+@torch.inference_mode()
+def neighbour_accuracy(
+    network: DINONetwork,
+    train: LabelledImages,
+    test: LabelledImages,
+    *,
+    side: int,
+    device: torch.device,
+) -> float:
+    """k-NN accuracy of the class tokens, in [0, 1]; the squares in the middle of the images."""
+    known, asked = (_tokens(network, images, side, device) for images in (train, test))
+    return knn_accuracy(known, torch.from_numpy(train.labels), asked, torch.from_numpy(test.labels))
+
+
+def _tokens(
+    network: DINONetwork, images: LabelledImages, side: int, device: torch.device
+) -> Tensor:
+    """``(N, D)`` on the CPU."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in NORMALIZATIONS["imagenet"])
+    found = []
+    for start in range(0, len(images), _BATCH):
+        squares = [
+            middle_square(images.image(index), side=side)
+            for index in range(start, min(start + _BATCH, len(images)))
+        ]
+        batch_B3HW = (torch.stack(squares).float() / 255 - mean) / std
+        found.append(network.features(batch_B3HW.to(device)).cpu())
+    return torch.cat(found)
