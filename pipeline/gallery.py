@@ -22,7 +22,7 @@ from pipeline.data.pixels import load_pixels, pixels_of_row
 from pipeline.data.pseudo_labels import Manifest, read_labels, read_manifest
 from pipeline.errors import ConfigError, DataError, StorageError, WeightsError
 from pipeline.gallery_maps import MapDrawer, decoding_of, load_map_drawer
-from pipeline.models.backbones import CNNS
+from pipeline.models.published import CNNS
 from pipeline.progress import ProgressReporter
 from pipeline.storage import Location, one_line, without_secrets
 from pipeline.tracking import OFF, absolute_uri, start_tracker

@@ -28,12 +28,9 @@ from pipeline.errors import ConfigError, TooManyBadImages
 from pipeline.gallery import sheet_of_boxes
 from pipeline.labelling import Method, Provenance
 from pipeline.lease import Lease
-from pipeline.models.backbones import (
-    Weights,
-    build_backbone,
-    load_weights,
-    published_normalization,
-)
+from pipeline.models.backbones import Weights, build_backbone, load_weights
+from pipeline.models.exported_backbone import name_beside
+from pipeline.models.published import published_normalization
 from pipeline.progress import ProgressReporter
 from pipeline.storage import Location, without_secrets
 from pipeline.tracking import Tracker, absolute_uri, start_tracker
@@ -53,7 +50,7 @@ def label_images(job: LabelJob) -> int:
         PatchseedError: of the kind that errors.py lists; the output then still holds what is done.
     """
     logging.basicConfig(level=logging.INFO if job.debug else logging.WARNING, format="%(message)s")
-    job = _with_absolute_paths(job)
+    job = _with_backbone_of_checkpoint(_with_absolute_paths(job))
     weights = load_weights(job.backbone.name, job.backbone.checkpoint)
     build_backbone(
         job.backbone.name, weights, feature=job.backbone.feature, block=job.backbone.block
@@ -107,6 +104,20 @@ def _with_absolute_paths(job: LabelJob) -> LabelJob:
         path = str(Path(backbone.checkpoint).expanduser().absolute())
         backbone = backbone.model_copy(update={"checkpoint": path})
     return job.model_copy(update={**places, "backbone": backbone})
+
+
+def _with_backbone_of_checkpoint(job: LabelJob) -> LabelJob:
+    """The job with the network that the file of weights says it belongs to, where it does."""
+    backbone = job.backbone
+    said = None if backbone.checkpoint is None else name_beside(Path(backbone.checkpoint))
+    if said is None or said == backbone.name:
+        return job
+    if backbone.name != type(backbone).model_fields["name"].default:
+        raise ConfigError(
+            f"{backbone.checkpoint} holds weights of {said} as config.json beside it says, got "
+            f"--backbone.name {backbone.name}; leave it out"
+        )
+    return job.model_copy(update={"backbone": backbone.model_copy(update={"name": said})})
 
 
 def _freeze_inputs(run: LabelRun, sweep: LabelPass, job: LabelJob) -> bool:

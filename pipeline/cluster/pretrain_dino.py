@@ -3,9 +3,12 @@
 import os
 from typing import Any
 
+import safetensors.torch
+
 from pipeline.cluster.training import absolute_tracking_uri, run_training, say
 from pipeline.config import PretrainDinoJob
-from pipeline.pretraining.dino_run import TEACHER, pretrain_dino_here
+from pipeline.models.exported_backbone import WEIGHTS, write_backbone
+from pipeline.pretraining.dino_run import pretrain_dino_here
 from pipeline.pretraining.run_folder import RunFolder
 from pipeline.storage import Location
 
@@ -23,12 +26,14 @@ def pretrain_dino(job: PretrainDinoJob) -> int:
 
     def finish(folder: RunFolder, summary: dict[str, Any]) -> None:
         target = Location.parse(job.output)
-        for file in folder.place.child("model").files():
-            target.child(file.name).write_bytes(file.read_bytes())
-        say(f"teacher  {target.child(TEACHER)}")
+        content = folder.place.child("model").child(WEIGHTS).read_bytes()
+        state = safetensors.torch.load(content)
+        write_backbone(state, target, name=job.model.name, made_by=summary, half=job.half)
+        teacher = target.child(WEIGHTS)
+        say(f"teacher  {teacher}")
         say(
-            f"label    python jobs/label_images.py --backbone.name {job.model.name} "
-            f"--backbone.checkpoint {target.child(TEACHER)} --images ... --output ..."
+            f"label    python jobs/label_images.py --backbone.checkpoint {teacher} "
+            "--images ... --output ..."
         )
 
     return run_training(job, pretrain_dino_here, finish)

@@ -2,14 +2,12 @@
 
 ``build_backbone`` gives frozen patch features, ``build_model`` a classifier to be trained.
 
-To add a backbone: a plain timm ViT needs nothing. Weights that timm does not list get a line in
-``_PUBLISHED_ELSEWHERE``, a ViT of another shape than timm's one in ``OWN_VITS``; a convolutional
-network gets a name in ``CNNS`` and a case in ``_cnn``.
+To add a backbone: a plain timm ViT needs nothing; other names and weights: ``published.py``. A
+convolutional network gets a name in ``CNNS`` there and a case in ``_cnn``.
 To add a classifier: timm's need nothing; a network of our own gets a name in ``OWN_CLASSIFIERS``
-(``own_classifiers.py``). This is the only file that imports timm.
+(``own_classifiers.py``). This file and ``published.py`` alone import timm.
 """
 
-import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Unpack
@@ -17,15 +15,10 @@ from typing import Any, Literal, Unpack
 import timm
 import torch
 from timm.layers import Attention, PatchEmbed
-from timm.models import (
-    get_arch_pretrained_cfgs,
-    get_pretrained_cfg,
-    group_parameters,
-    vision_transformer,
-)
+from timm.models import group_parameters, vision_transformer
 from torch import Tensor, nn
 
-from pipeline.errors import ConfigError, WeightsError
+from pipeline.errors import ConfigError
 from pipeline.models.checkpoints import (
     file_sha256,
     fit_state_dict,
@@ -35,9 +28,8 @@ from pipeline.models.checkpoints import (
 from pipeline.models.classifier_weights import fit_classifier
 from pipeline.models.cnn import ConvFeatures, Vgg16Map
 from pipeline.models.dino_vit import ViTFeatures
-from pipeline.models.features import NORMALIZATIONS, FeatureExtractor
+from pipeline.models.features import FeatureExtractor
 from pipeline.models.grid_classifier import GridClassifier
-from pipeline.models.hub import fetch_from_hub, fetch_url
 from pipeline.models.model_options import (
     STANDARD_SIDE,
     ModelOptions,
@@ -47,29 +39,13 @@ from pipeline.models.model_options import (
     timm_arguments,
 )
 from pipeline.models.own_classifiers import OWN_CLASSIFIERS, build_own, fetch_own
-
-CNNS = ("resnet50.dino", "resnet50.tv_in1k", "vgg16.tv_in1k")
-"""Backbones that are no ViTs; they have one feature, their last map at stride 16."""
-
-# Weights of the LOST and DINO papers that timm has no tag for: timm's architecture, and the file.
-# (timm's own vit_small_patch8_224.dino is a longer training than the 300 epochs LOST used.)
-_DINO = "https://dl.fbaipublicfiles.com/dino"
-_PUBLISHED_ELSEWHERE = {
-    "vit_small_patch8_224.dino_300ep": (
-        "vit_small_patch8_224",
-        f"{_DINO}/dino_deitsmall8_300ep_pretrain/dino_deitsmall8_300ep_pretrain.pth",
-    ),
-    "resnet50.dino": (
-        "resnet50",
-        f"{_DINO}/dino_resnet50_pretrain/dino_resnet50_pretrain.pth",
-    ),
-}
-
-
-OWN_VITS: dict[str, tuple[str, dict[str, Any]]] = {
-    "vit_nano_patch8": ("vit_tiny_patch16_224", {"patch_size": 8, "img_size": 64, "depth": 6}),
-}
-"""ViTs of other shapes than timm's: its nearest architecture, and what is different."""
+from pipeline.models.published import (
+    CNNS,
+    architecture,
+    fetch,
+    require_backbone,
+    require_classifier,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,22 +72,8 @@ def load_weights(name: str, checkpoint: str | None) -> Weights:
         WeightsError: the file cannot be read, or the weights cannot be fetched.
     """
     _require_supported(name)
-    path = Path(checkpoint).expanduser() if checkpoint else _fetch(name)
+    path = Path(checkpoint).expanduser() if checkpoint else fetch(name)
     return Weights(read_state_dict(path), file_sha256(path), source=str(path))
-
-
-def published_normalization(name: str) -> str | None:
-    """The name of the normalisation (``NORMALIZATIONS``) the published weights were trained with.
-
-    None where timm does not say, or says another one.
-    """
-    published: Any = None if name in _PUBLISHED_ELSEWHERE else get_pretrained_cfg(name)
-    if published is None:
-        return None
-    for known, (mean, _) in NORMALIZATIONS.items():
-        if tuple(published.mean) == mean:
-            return known
-    return None
 
 
 def build_backbone(
@@ -157,9 +119,9 @@ def load_classifier_weights(name: str, checkpoint: str | None) -> Weights:
         ConfigError: the name is unknown.
         WeightsError: the file cannot be read, or the weights cannot be fetched.
     """
-    _require_classifier(name)
-    fetch = fetch_own if name in OWN_CLASSIFIERS else _fetch
-    path = Path(checkpoint).expanduser() if checkpoint else fetch(name)
+    require_classifier(name)
+    published = fetch_own if name in OWN_CLASSIFIERS else fetch
+    path = Path(checkpoint).expanduser() if checkpoint else published(name)
     return Weights(read_state_dict(path), file_sha256(path), source=str(path))
 
 
@@ -186,7 +148,7 @@ def build_model(
             cannot take images of that size, or has a single cell in its last grid.
         WeightsError: the weights do not fit.
     """
-    _require_classifier(name)
+    require_classifier(name)
     check_ranges(num_classes, choices)
     network: nn.Module
     if name in OWN_CLASSIFIERS:
@@ -221,6 +183,8 @@ def _timm_classifier(
         skeleton: Any = _create_classifier(name, num_classes, {})
     published: Any = getattr(skeleton, "pretrained_cfg", None) or {}
     rows, columns = published.get("input_size", (3, STANDARD_SIDE, STANDARD_SIDE))[-2:]
+    if own_side := architecture(name)[1].get("img_size"):
+        rows = columns = own_side
     size = image_size(choices, (rows, columns))
     arguments = timm_arguments(name, skeleton, choices, size)
     network = _create_classifier(name, num_classes, arguments)
@@ -232,9 +196,10 @@ def _timm_classifier(
 
 def _create_classifier(name: str, num_classes: int, arguments: dict[str, Any]) -> nn.Module:
     """The timm network, its complaints as ConfigError."""
+    timm_name, own = architecture(name)
     try:
         network: nn.Module = timm.create_model(
-            _architecture(name), num_classes=num_classes, **arguments
+            timm_name, num_classes=num_classes, **(own | arguments)
         )
     except Exception as fault:  # constructors complain about values in every way there is
         raise ConfigError(
@@ -251,22 +216,6 @@ def _layers(network: Any) -> list[list[str]]:
         return []
     groups: dict[int, list[str]] = group_parameters(network, network.group_matcher(coarse=False))
     return [groups[index] for index in sorted(groups)]
-
-
-def _require_classifier(name: str) -> None:
-    """Raise ConfigError with the nearest names unless timm or we know this one."""
-    architecture, _, tag = name.partition(".")
-    if name in OWN_CLASSIFIERS or name in _PUBLISHED_ELSEWHERE:
-        return
-    if timm.is_model(architecture) and (not tag or name in get_arch_pretrained_cfgs(architecture)):
-        return
-    known = [*timm.list_models(), *timm.list_pretrained(), *OWN_CLASSIFIERS]
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(close)}?" if close else "see timm.list_models()"
-    raise ConfigError(
-        f"model.name must be a timm classifier or one of {', '.join(OWN_CLASSIFIERS)}, got {name}; "
-        f"{hint}"
-    )
 
 
 def _cnn(name: str, weights: Weights | None) -> nn.Module:
@@ -311,8 +260,8 @@ def build_vit(name: str, *, drop_path: float = 0.0, weights: Weights | None = No
 
 
 def _create_vit(name: str, **arguments: Any) -> nn.Module:
-    architecture, own = OWN_VITS.get(name, (_architecture(name), {}))
-    vit: nn.Module = timm.create_model(architecture, num_classes=0, **own, **arguments)
+    timm_name, own = architecture(name)
+    vit: nn.Module = timm.create_model(timm_name, num_classes=0, **own, **arguments)
     return vit
 
 
@@ -345,14 +294,9 @@ def _timm_names(state: dict[str, Tensor], vit: Any) -> dict[str, Tensor]:
     return renamed
 
 
-def _architecture(name: str) -> str:
-    """What timm calls the network."""
-    return _PUBLISHED_ELSEWHERE[name][0] if name in _PUBLISHED_ELSEWHERE else name
-
-
 def _require_supported(name: str) -> nn.Module:
     """The network without memory (on the meta device), once it is known to be one we can use."""
-    _require_known(name)
+    require_backbone(name)
     with torch.device("meta"):
         network = _create_vit(name)
     if name not in CNNS and not _is_plain_vit(network):
@@ -370,36 +314,4 @@ def _is_plain_vit(network: Any) -> bool:
         and type(network.patch_embed) is PatchEmbed
         and all(type(block) is vision_transformer.Block for block in network.blocks)
         and all(type(block.attn) is Attention for block in network.blocks)
-    )
-
-
-def _require_known(name: str) -> None:
-    """Raise ConfigError with the nearest names unless timm or we know this one."""
-    architecture, _, tag = name.partition(".")
-    if name in CNNS or name in _PUBLISHED_ELSEWHERE or name in OWN_VITS:
-        return
-    if timm.is_model(architecture) and (not tag or name in get_arch_pretrained_cfgs(architecture)):
-        return
-    vits = {n for kind in ("vit_*", "deit*") for n in [*timm.list_models(kind)]}
-    tagged = {n for kind in ("vit_*", "deit*") for n in timm.list_pretrained(kind)}
-    known = sorted({*vits, *tagged, *CNNS, *OWN_VITS, *_PUBLISHED_ELSEWHERE})
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(close)}?" if close else "see timm.list_models('vit_*')"
-    raise ConfigError(
-        f"backbone.name must be a timm ViT or one of {', '.join(CNNS)}, got {name}; {hint}"
-    )
-
-
-def _fetch(name: str) -> Path:
-    """The file of published weights, in a cache of this machine."""
-    if name in _PUBLISHED_ELSEWHERE:
-        return fetch_url(name, _PUBLISHED_ELSEWHERE[name][1])
-    published: Any = get_pretrained_cfg(name)
-    if published is not None and published.hf_hub_id:
-        return fetch_from_hub(name, published.hf_hub_id, published.hf_hub_filename)
-    if published is not None and published.url and not published.custom_load:
-        return fetch_url(name, published.url)
-    raise WeightsError(
-        f"timm publishes no weights for {name} that can be used here; "
-        "give a name with a tag, or a file (--backbone.checkpoint; training: --model.checkpoint)"
     )

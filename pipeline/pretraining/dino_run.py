@@ -1,15 +1,12 @@
 """One DINO run from its settings to its results, on this worker; knows no Ray."""
 
-import hashlib
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import safetensors.torch
-
 from pipeline.config import PretrainDinoJob
+from pipeline.models.exported_backbone import write_backbone
 from pipeline.pretraining.dino_probe import Probes, read_probes
 from pipeline.pretraining.dino_setup import DINOSetup, set_up
 from pipeline.pretraining.figures import curves_picture
@@ -23,15 +20,12 @@ from pipeline.pretraining.run_life import (
     summary_of,
 )
 from pipeline.pretraining.run_record import Epoch, RunRecord, log_results
-from pipeline.storage import Location
 from pipeline.tracking import NoTracker, Tracker
 from pipeline.training.loop import Hooks, train
 from pipeline.training.workers import Workers
 
 KIND = "dino"
 """Of these runs, in summaries and MLflow."""
-
-TEACHER, CONFIG = "teacher.safetensors", "config.json"
 
 
 def pretrain_dino_here(
@@ -113,7 +107,12 @@ class _Run:
         }
         if self.record is not None:
             model = self.folder.place.child("model")
-            export_teacher(self.setup, summary, model)
+            write_backbone(
+                self.setup.task.objective.teacher.backbone.state_dict(),
+                model,
+                name=self.job.model.name,
+                made_by=summary,
+            )
             figures = {"curves": curves_picture(self.record.history, None)}
             for name, picture in figures.items():
                 self.folder.place.child("figures").child(f"{name}.png").write_bytes(picture)
@@ -134,29 +133,6 @@ _TOLD = (
     "probe/corloc",
     "probe/knn",
 )
-
-
-def export_teacher(setup: DINOSetup, summary: dict[str, Any], folder: Location) -> None:
-    """Write the teacher's backbone under timm's names, and config.json, which says how it was made.
-
-    Raises:
-        StorageError: the folder cannot be written.
-    """
-    teacher = setup.task.objective.teacher.backbone
-    state = {
-        name: tensor.detach().to("cpu", copy=True).contiguous()
-        for name, tensor in teacher.state_dict().items()
-    }
-    content = safetensors.torch.save(state, metadata={"format": "pt"})
-    config = {
-        "kind": "backbone",
-        "architecture": summary["config"]["model"]["name"],
-        "normalization": "imagenet",
-        "weights": {"file": TEACHER, "sha256": hashlib.sha256(content).hexdigest()},
-        "made_by": summary,
-    }
-    folder.child(TEACHER).write_bytes(content)
-    folder.child(CONFIG).write_bytes(json.dumps(config, indent=1, ensure_ascii=False).encode())
 
 
 def _open_record(

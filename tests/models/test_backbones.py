@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError, WeightsError
-from pipeline.models.backbones import Weights, build_backbone, load_weights, published_normalization
+from pipeline.models.backbones import Weights, build_backbone, load_weights
 from pipeline.models.cnn import ConvFeatures
 from pipeline.models.dino_vit import ViTFeatures
 from pipeline.models.features import PatchFeatures
+from pipeline.models.published import published_normalization
 
 TINY = "vit_tiny_patch16_224"
 
@@ -257,7 +258,9 @@ def test_settings_without_effect_on_a_cnn_are_refused(options: dict[str, Any]) -
 
 def test_a_network_without_published_weights_asks_for_a_file() -> None:
     name = "vit_base_patch16_gap_224"
-    with pytest.raises(WeightsError, match=r"no weights for .*a file \(--backbone\.checkpoint"):
+    with pytest.raises(
+        WeightsError, match=r"nobody publishes weights for .*a file \(--backbone\.checkpoint"
+    ):
         load_weights(name, None)
 
 

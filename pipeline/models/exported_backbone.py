@@ -1,0 +1,92 @@
+"""A trained backbone as two files: weights under timm's names, and ``config.json`` beside them.
+
+The folder is one that timm itself loads (``timm.create_model("local-dir:FOLDER")``); what timm does
+not ask for lies under ``patchseed``: our name of the network, the file's hash, and how it was made.
+
+To tell more of a backbone: a key in ``write_backbone``.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from pipeline.models.features import NORMALIZATIONS
+from pipeline.models.model_options import STANDARD_SIDE
+from pipeline.models.published import architecture
+from pipeline.storage import Location
+
+WEIGHTS, CONFIG = "teacher.safetensors", "config.json"
+"""The two files."""
+
+
+def write_backbone(
+    state: dict[str, Tensor],
+    folder: Location,
+    *,
+    name: str,
+    made_by: dict[str, Any],
+    half: bool = False,
+) -> None:
+    """Write both files; ``config.json`` comes last, so where it is the weights are whole.
+
+    Args:
+        state: The tensors of a plain ViT without a head, under timm's names.
+        folder: Where to.
+        name: The network, as ``build_vit`` takes it.
+        made_by: What JSON can hold of the run, its settings, data and versions.
+        half: Write 16-bit floats.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
+    kept = {tensor_name: _kept(tensor, half) for tensor_name, tensor in state.items()}
+    content = safetensors.torch.save(kept, metadata={"format": "pt"})
+    timm_name, arguments = architecture(name.partition(".")[0])
+    mean, std = NORMALIZATIONS["imagenet"]
+    side = arguments.get("img_size", STANDARD_SIDE)
+    config = {
+        "architecture": timm_name,
+        "num_classes": 0,
+        "num_features": int(state["pos_embed"].shape[-1]),
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "input_size": [3, side, side],
+            "mean": mean,
+            "std": std,
+            "interpolation": "bicubic",
+            "num_classes": 0,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+        "patchseed": {
+            "kind": "backbone",
+            "name": name.partition(".")[0],
+            "weights": {"file": WEIGHTS, "sha256": hashlib.sha256(content).hexdigest()},
+            "made_by": made_by,
+        },
+    }
+    folder.child(WEIGHTS).write_bytes(content)
+    folder.child(CONFIG).write_bytes(json.dumps(config, indent=1, ensure_ascii=False).encode())
+
+
+def name_beside(checkpoint: Path) -> str | None:
+    """The network whose weights this file holds, as ``config.json`` beside it says; else None."""
+    try:
+        config = json.loads((checkpoint.parent / CONFIG).read_bytes())
+        described = config["patchseed"]
+        if described["weights"]["file"] == checkpoint.name:
+            return str(described["name"])
+    except (OSError, ValueError, KeyError, TypeError):
+        # There is none, or it is another program's.
+        return None
+    return None
+
+
+def _kept(tensor: Tensor, half: bool) -> Tensor:
+    dtype = torch.float16 if half and tensor.is_floating_point() else tensor.dtype
+    return tensor.detach().to("cpu", dtype, copy=True).contiguous()
