@@ -82,7 +82,13 @@ def corlocs(
     labeller: PseudoBoxLabeller, images: list[Image], truths: list[Boxes]
 ) -> dict[str, float]:
     """CorLoc of each rule on the same features."""
-    boxes = {rule: np.zeros((len(images), 4)) for rule in RULES}
+    found = boxes_by_rule(labeller, images)
+    return {rule: 100 * corloc(best_ious(found[rule], truths)) for rule in RULES}
+
+
+def boxes_by_rule(labeller: PseudoBoxLabeller, images: list[Image]) -> dict[str, Boxes]:
+    """Each image's box by each rule, on the same features."""
+    boxes: dict[str, Boxes] = {rule: np.zeros((len(images), 4)) for rule in RULES}
     for rows in labeller.batches(images):
         batch = [images[row] for row in rows]
         features = labeller.extract(batch)
@@ -90,7 +96,7 @@ def corlocs(
         for rule in RULES:
             found = localize(features.tokens_BHWD, rule=rule)
             boxes[rule][rows] = np.minimum(found.boxes_B4.numpy() * features.stride, sides)
-    return {rule: 100 * corloc(best_ious(boxes[rule], truths)) for rule in RULES}
+    return boxes
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import torch
 import tyro
 from numpy.typing import NDArray
 
+from benchmarks.feature_sweep import boxes_by_rule
 from benchmarks.timing import print_table, write_json
 from pipeline.data.labelled_archives import is_archive, read_archive
 from pipeline.data.labelled_folders import read_folder
@@ -30,13 +31,11 @@ from pipeline.evaluation.corloc import (
     resampled_rates,
 )
 from pipeline.labelling import Method, Provenance, PseudoBoxLabeller
-from pipeline.localization.localize import localize
 from pipeline.models.backbones import build_backbone, build_vit, load_weights
 from pipeline.models.dino_network import DINONetwork
 from pipeline.pretraining.dino_probe import BoxProbe, neighbour_accuracy, read_box_probe
 
 NANO, SHIPPED, SUPERVISED = "vit_nano_patch8", "vit_nano_patch8.dino", "vit_tiny_patch16_224"
-RULES = ("lost", "solost")
 
 
 @dataclass(frozen=True)
@@ -136,17 +135,8 @@ def _hits(net: Network, text: str, probe: BoxProbe) -> dict[str, NDArray[np.bool
     chosen: Any = feature
     backbone = build_backbone(net.name, weights, feature=chosen, block=int(block))
     labeller = PseudoBoxLabeller(backbone, Method(normalize=net.normalize), Provenance("", "", ""))
-    boxes = {rule: np.zeros((len(probe.photos), 4)) for rule in RULES}
-    photos = list(probe.photos)
-    for rows in labeller.batches(photos):
-        batch = [photos[row] for row in rows]
-        features = labeller.extract(batch)
-        sides = np.array([[photo.shape[1], photo.shape[0]] * 2 for photo in batch])
-        for rule in RULES:
-            which: Any = rule
-            found = localize(features.tokens_BHWD, rule=which)
-            boxes[rule][rows] = np.minimum(found.boxes_B4.numpy() * features.stride, sides)
-    return {rule: best_ious(boxes[rule], probe.truths) >= THRESHOLD for rule in RULES}
+    found = boxes_by_rule(labeller, list(probe.photos))
+    return {rule: best_ious(boxes, probe.truths) >= THRESHOLD for rule, boxes in found.items()}
 
 
 def _rate(hits_N: NDArray[np.bool_], resamples: int) -> tuple[float, float, float]:

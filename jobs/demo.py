@@ -11,20 +11,16 @@ from pathlib import Path
 from pipeline.command_line import run_job
 from pipeline.config import DemoJob
 
-SHIPPED = (
-    "--backbone.name vit_nano_patch8.dino --backbone.feature value --backbone.block 3 "
-    "--decode.max-side 224"
-)
-"""The weights that come with the package, the feature and the size that suit them (their card)."""
+SHIPPED = ["--backbone.name", "vit_nano_patch8.dino", "--decode.max-side", "224"]
 
 
 def backbone_flags(weights: str | None) -> list[str]:
-    """The shipped DINO network, or the feature that suits another ViT."""
+    """The shipped network, or the one of the file, with the feature that suits it."""
     from pipeline.models.checkpoints import read_state_dict, recognise_vit
     from pipeline.models.exported_backbone import name_beside
 
     if weights is None:
-        return SHIPPED.split()
+        return [*SHIPPED, "--backbone.feature", "value", "--backbone.block", "3"]
     if name_beside(Path(weights)):
         return ["--backbone.checkpoint", weights]
     name, labelled = recognise_vit(read_state_dict(Path(weights)), weights)
@@ -38,8 +34,7 @@ def main(job: DemoJob) -> int:
     from pipeline.data.scenes import write_collection
 
     scenes, labels, pictures = (f"{job.output}/{name}" for name in ("scenes", "labels", "pictures"))
-    backbone = backbone_flags(job.weights)
-    again = ["--overwrite", *backbone]
+    again = ["--overwrite", *backbone_flags(job.weights)]
     truth = Path(scenes) / "instances.json"
     if not truth.exists():
         print(f"Making {job.num_scenes} scenes with exact boxes in {scenes}", flush=True)

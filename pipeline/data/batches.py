@@ -9,6 +9,7 @@ Shape letters:  B images
 
 import logging
 import multiprocessing
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.context import BaseContext
@@ -30,6 +31,7 @@ __all__ = [
     "ShardedBatchSampler",
     "eval_loader",
     "micro_batches",
+    "num_loaders",
     "train_loader",
 ]
 
@@ -51,6 +53,11 @@ class LoaderOptions:
 
     max_bad_fraction: float = 0.05
     """Share of a rank's images of an epoch that may be unreadable, in [0, 1]."""
+
+
+def num_loaders(wanted: int | None) -> int:
+    """Loader processes of a worker: as many as wanted, or four, or as many as there are cores."""
+    return min(4, len(os.sched_getaffinity(0))) if wanted is None else wanted
 
 
 class BatchLoader:

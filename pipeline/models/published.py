@@ -1,8 +1,8 @@
 """Which networks there are by name, and where their weights lie: timm's, LOST's, and our own.
 
 To name weights that timm does not list: a line in ``_PUBLISHED_ELSEWHERE``. To add a ViT of another
-shape than timm's: one in ``OWN_VITS``. Weights that come with this package lie in ``weights/NAME/``
-beside this file, each with its model card.
+shape than timm's: one in ``OWN_VITS``. To bring weights along: a folder in ``weights/`` beside this
+file, with its model card, and a line in ``_SHIPPED``.
 """
 
 import difflib
@@ -25,9 +25,9 @@ OWN_VITS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """ViTs of other shapes than timm's: its nearest architecture, and what is different."""
 
+# Weights that come with this package, each beside its card.
 _SHIPPED = {
-    f"{folder.name}.dino": folder / "teacher.safetensors"
-    for folder in sorted((Path(__file__).parent / "weights").glob("vit_*"))
+    "vit_nano_patch8.dino": Path(__file__).parent / "weights/vit_nano_patch8/teacher.safetensors"
 }
 
 # Weights of the LOST and DINO papers that timm has no tag for: timm's architecture, and the file.

@@ -5,12 +5,17 @@ To add a way to vary images: ``data/augment.py``; a data set: ``data/classificat
 
 import logging
 import math
-import os
 from typing import Literal
 
 from pipeline.config import TrainClassifierJob
 from pipeline.data.augment import AugmentOptions, MixOptions, eval_transform, train_transform
-from pipeline.data.batches import BatchLoader, LoaderOptions, eval_loader, train_loader
+from pipeline.data.batches import (
+    BatchLoader,
+    LoaderOptions,
+    eval_loader,
+    num_loaders,
+    train_loader,
+)
 from pipeline.data.classification import ClassificationData, load_classification
 from pipeline.data.decoded import cached
 from pipeline.data.label_splits import SplitRule
@@ -23,7 +28,6 @@ SMALL_SIDE = 64
 """Up to this side images are shifted and not cropped by default, as is usual for CIFAR."""
 
 _FEW_STEPS = 10
-_LOADERS = 4
 _LOG = logging.getLogger(__name__)
 
 
@@ -121,10 +125,8 @@ def evaluation_batches(
 
 
 def _loader_options(job: TrainClassifierJob, workers: Workers) -> LoaderOptions:
-    wanted = job.data.loader_workers
-    cores = len(os.sched_getaffinity(0))
     return LoaderOptions(
-        num_workers=min(_LOADERS, cores) if wanted is None else wanted,
+        num_workers=num_loaders(job.data.loader_workers),
         device_type=workers.device.type,
         max_bad_fraction=job.data.max_bad_fraction,
     )

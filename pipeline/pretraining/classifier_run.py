@@ -4,7 +4,6 @@ The same function trains in this process, under torchrun and as a Ray Train work
 together is asked of torch (training/workers.py). Rank 0 alone writes; all read the same folder.
 """
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,16 +22,15 @@ from pipeline.pretraining.figures import confusion_picture, curves_picture
 from pipeline.pretraining.run_folder import RunFolder
 from pipeline.pretraining.run_life import (
     Outside,
+    Telling,
+    TrainingRun,
     finished_results,
-    go_back_to_latest,
-    log_settings,
-    open_job_tracker,
+    open_record,
     summary_of,
 )
-from pipeline.pretraining.run_record import Epoch, RunRecord, log_results
-from pipeline.pretraining.step_fault import keep_fault
-from pipeline.tracking import NoTracker, Tracker
-from pipeline.training.loop import AUTOCAST, Hooks, StepFault, train
+from pipeline.pretraining.run_record import Epoch
+from pipeline.tracking import Tracker
+from pipeline.training.loop import AUTOCAST
 from pipeline.training.workers import Workers
 
 KIND = "classifier"
@@ -56,53 +54,29 @@ def train_classifier_here(
     if finished is not None:
         return finished
     setup = set_up(job, workers)
-    record = _open_record(job, folder, setup, outside) if workers.is_first else None
-    tracker = record.tracker if record else NoTracker()
-    with tracker:
-        go_back_to_latest(folder, setup.state, setup.settings.num_epochs, workers, record)
-        run = _Run(job, folder, workers, outside, setup, record)
-        train(setup.task, setup.state, setup.settings, workers, run.hooks())
-        return run.finish(tracker)
+    record = None
+    if workers.is_first:
+        shown = partial(_shown, floor_cells=_floor_cells(setup))
+        telling = Telling(_tags(job), describe_lines(setup), setup.data.describe(), shown)
+        record = open_record(job, folder, setup, outside, telling)
+    return _Run(job, folder, workers, outside, setup, record).train()
 
 
 @dataclass
-class _Run:
-    """The run while it trains: what happens after each epoch, and at the end."""
+class _Run(TrainingRun):
+    """Validation, and the model of the best epoch at the end."""
 
     job: TrainClassifierJob
-    folder: RunFolder
-    workers: Workers
-    outside: Outside
     setup: ClassifierSetup
-    record: RunRecord | None
-    _began: float = 0.0
 
-    def hooks(self) -> Hooks:
-        self._began = time.monotonic()
-        return Hooks(
-            on_epoch_end=self._after_epoch,
-            on_step=self.record.on_step if self.record else lambda key, num_images: None,
-            on_fault=self._keep_fault,
-        )
-
-    def _after_epoch(self, epoch: int, numbers: dict[str, float]) -> None:
-        """Validate, write a checkpoint, tell."""
+    def look(self, epoch: int, numbers: dict[str, float]) -> float | None:
         terms = ("train/cross_entropy", "train/drloc_weighted")
         numbers["train/loss"] = sum(numbers[name] for name in terms if name in numbers)
         numbers["val/accuracy"] = self._measure(self.setup.validation).accuracy
-        numbers["seconds"] = time.monotonic() - self._began
-        self._began = time.monotonic()
-        if self.record is not None:
-            self.record.on_epoch(epoch, numbers)
-            state = {"loop": self.setup.state.state_dict(), "history": self.record.history}
-            self.folder.checkpoints.save(epoch, state, score=numbers["val/accuracy"])
-        self.outside.report(numbers)
+        return numbers["val/accuracy"]
 
     def _measure(self, images: BatchLoader) -> Confusion:
         return measure(self.setup, images, self.workers, self.job.precision)
-
-    def _keep_fault(self, fault: StepFault) -> str:
-        return keep_fault(fault, self.job, self.folder, self.setup.state.objective, self.workers)
 
     def finish(self, tracker: Tracker) -> dict[str, Any]:
         """Test the last and the selected epoch, write the model, the pictures and the summary."""
@@ -145,12 +119,7 @@ class _Run:
             "curves": curves_picture(self.record.history, _floor_cells(self.setup)),
             "confusion": confusion_picture(confusion, self.setup.data.classes),
         }
-        for name, picture in figures.items():
-            self.folder.place.child("figures").child(f"{name}.png").write_bytes(picture)
-        self.folder.write_json("summary.json", summary)
-        log_results(tracker, summary, figures)
-        for file in model.files():
-            tracker.log_artifact_bytes(file.read_bytes(), f"model/{file.name}")
+        self.publish(summary, figures, tracker)
 
 
 @torch.inference_mode()
@@ -175,25 +144,6 @@ def measure(
     network.train(was_training)
     # Once over the whole set: workers may have different numbers of batches.
     return Confusion(workers.total(counts_KK).cpu().numpy())
-
-
-def _open_record(
-    job: TrainClassifierJob, folder: RunFolder, setup: ClassifierSetup, outside: Outside
-) -> RunRecord:
-    for line in describe_lines(setup):
-        outside.tell(line)
-    tracker = open_job_tracker(job, folder)
-    log_settings(tracker, job, _tags(job))
-    tracker.set_tags({f"data.{name}": value for name, value in setup.data.describe().items()})
-    return RunRecord(
-        folder=folder,
-        tracker=tracker,
-        tell=outside.tell,
-        num_epochs=setup.settings.num_epochs,
-        steps_per_epoch=setup.task.steps_per_epoch,
-        every_s=job.progress_seconds,
-        shown=partial(_shown, floor_cells=_floor_cells(setup)),
-    )
 
 
 def _tags(job: TrainClassifierJob) -> dict[str, str]:

@@ -25,7 +25,7 @@ from pipeline.data.lake import Collection
 from pipeline.data.pixels import load_pixels, pixels_of_row
 from pipeline.data.unlabelled import middle_square
 from pipeline.errors import DataError
-from pipeline.evaluation.corloc import best_ious, central_boxes, corloc
+from pipeline.evaluation.corloc import best_ious, corloc
 from pipeline.evaluation.evaluate import read_ground_truth
 from pipeline.evaluation.knn import knn_accuracy
 from pipeline.localization.localize import localize
@@ -45,11 +45,6 @@ class BoxProbe:
 
     photos: Sequence[NDArray[np.uint8]]
     truths: Sequence[Boxes]
-
-    def central_rate(self) -> float:
-        """CorLoc of the box in the middle of each photo: what it takes to see nothing."""
-        sizes_N2 = np.array([(photo.shape[1], photo.shape[0]) for photo in self.photos], float)
-        return corloc(best_ious(central_boxes(sizes_N2, 0.7), self.truths))
 
     @torch.inference_mode()
     def rate(self, backbone: nn.Module, device: torch.device) -> float:

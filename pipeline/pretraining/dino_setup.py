@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from pipeline.config import PretrainDinoJob
-from pipeline.data.batches import LoaderOptions, train_loader
+from pipeline.data.batches import LoaderOptions, num_loaders, train_loader
 from pipeline.data.labelled_images import LabelledImages
 from pipeline.data.multi_crop import MultiCropOptions
 from pipeline.data.sharding import ShardedBatchSampler
@@ -23,7 +23,6 @@ from pipeline.training.loop import LoopSettings, LoopState
 from pipeline.training.optim import build_optimizer, parameter_groups, scaled_lr
 from pipeline.training.workers import Workers
 
-_LOADERS = 4
 # The batch that --optim.lr is meant for (DINO, section 3.2 of the paper's supplement).
 _LR_BATCH = 256
 
@@ -64,7 +63,7 @@ def set_up(job: PretrainDinoJob, workers: Workers) -> DINOSetup:
         partial(random_square, side=job.crops.source_side),
         sampler=sampler,
         options=LoaderOptions(
-            num_workers=_num_loaders(job),
+            num_workers=num_loaders(job.loader_workers),
             device_type=workers.device.type,
             max_bad_fraction=job.max_bad_fraction,
         ),
@@ -148,11 +147,6 @@ def _views(job: PretrainDinoJob) -> MultiCropOptions:
         jitter_prob=crops.jitter_prob,
         gray_prob=crops.gray_prob,
     )
-
-
-def _num_loaders(job: PretrainDinoJob) -> int:
-    cores = len(os.sched_getaffinity(0))
-    return min(_LOADERS, cores) if job.loader_workers is None else job.loader_workers
 
 
 def _loop_state(job: PretrainDinoJob, objective: DINOObjective, workers: Workers) -> LoopState:

@@ -1,24 +1,33 @@
 """What every training run goes through, whatever it learns: its tracker, its past, its end.
 
-Rank 0 alone writes; all read the same folder.
+Rank 0 alone writes; all read the same folder. A kind of run is a ``TrainingRun`` with its own
+``look`` and ``finish`` (classifier_run.py, dino_run.py).
 """
 
 import platform
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from pipeline.config import TrainingJob, flatten
 from pipeline.data.pseudo_labels import config_hash
 from pipeline.errors import StorageError
 from pipeline.pretraining.run_folder import RunFolder, run_name
-from pipeline.pretraining.run_record import RunRecord, log_history, log_results, open_tracker
+from pipeline.pretraining.run_record import (
+    Epoch,
+    RunRecord,
+    log_history,
+    log_results,
+    open_tracker,
+)
+from pipeline.pretraining.step_fault import keep_fault
 from pipeline.tracking import OFF, NoTracker, Tracker
-from pipeline.training.loop import LoopState
+from pipeline.training.loop import Hooks, LoopSettings, LoopState, StepFault, Task, train
 from pipeline.training.workers import Workers
 
 
@@ -31,6 +40,129 @@ class Outside:
 
     report: Callable[[dict[str, float]], None] = lambda numbers: None
     """An epoch's numbers, from every worker: Ray Train counts the calls."""
+
+
+class Setup(Protocol):
+    """What each kind's ``set_up`` gives: all of a run but its past."""
+
+    @property
+    def task(self) -> Task:
+        """What is trained on what."""
+
+    @property
+    def state(self) -> LoopState:
+        """Of the loop."""
+
+    @property
+    def settings(self) -> LoopSettings:
+        """Of the loop."""
+
+
+@dataclass
+class TrainingRun:
+    """A run while it trains: what happens after each epoch, and at the end."""
+
+    job: Any
+    folder: RunFolder
+    workers: Workers
+    outside: Outside
+    setup: Any
+    """A ``Setup``; each kind knows its own."""
+
+    record: RunRecord | None
+    """Of rank 0 alone."""
+
+    _began: float = field(default=0.0, init=False)
+
+    def look(self, epoch: int, numbers: dict[str, float]) -> float | None:
+        """Add to an epoch's numbers what is measured after it; the score the best one is kept by,
+        None where only the last ones are.
+        """
+        raise NotImplementedError
+
+    def finish(self, tracker: Tracker) -> dict[str, Any]:
+        """Write the results; the summary that also lies in the folder."""
+        raise NotImplementedError
+
+    def hooks(self) -> Hooks:
+        """What the loop calls; a kind may add to it."""
+        return Hooks(
+            on_epoch_end=self._after_epoch,
+            on_step=self.record.on_step if self.record else lambda key, num_images: None,
+            on_fault=self._keep_fault,
+        )
+
+    def train(self) -> dict[str, Any]:
+        """Go on from where the folder's checkpoints end, to the end; the summary."""
+        setup: Setup = self.setup
+        with self.record.tracker if self.record else NoTracker() as tracker:
+            last = setup.settings.num_epochs
+            go_back_to_latest(self.folder, setup.state, last, self.workers, self.record)
+            self._began = time.monotonic()
+            train(setup.task, setup.state, setup.settings, self.workers, self.hooks())
+            return self.finish(tracker)
+
+    def _after_epoch(self, epoch: int, numbers: dict[str, float]) -> None:
+        """Measure, tell, and write a checkpoint."""
+        score = self.look(epoch, numbers)
+        numbers["seconds"] = time.monotonic() - self._began
+        self._began = time.monotonic()
+        if self.record is not None:
+            self.record.on_epoch(epoch, numbers)
+            state = {"loop": self.setup.state.state_dict(), "history": self.record.history}
+            self.folder.checkpoints.save(epoch, state, score=score)
+        self.outside.report(numbers)
+
+    def _keep_fault(self, fault: StepFault) -> str:
+        return keep_fault(fault, self.job, self.folder, self.setup.state.objective, self.workers)
+
+    def publish(
+        self, summary: Mapping[str, Any], figures: Mapping[str, bytes], tracker: Tracker
+    ) -> None:
+        """Write pictures and summary, and send them with the files of the folder's ``model``."""
+        for name, picture in figures.items():
+            self.folder.place.child("figures").child(f"{name}.png").write_bytes(picture)
+        self.folder.write_json("summary.json", dict(summary))
+        log_results(tracker, summary, figures)
+        for file in self.folder.place.child("model").files():
+            tracker.log_artifact_bytes(file.read_bytes(), f"model/{file.name}")
+
+
+@dataclass(frozen=True)
+class Telling:
+    """What a kind of run tells of itself."""
+
+    tags: Mapping[str, str]
+    """By which its MLflow runs are found."""
+
+    lines: Iterable[str]
+    """For people, before it trains."""
+
+    data: Mapping[str, Any]
+    """Tags ``data.NAME`` of MLflow."""
+
+    shown: Callable[[Sequence[Epoch]], str]
+    """The last epoch of a history, for people."""
+
+
+def open_record(
+    job: TrainingJob, folder: RunFolder, setup: Setup, outside: Outside, telling: Telling
+) -> RunRecord:
+    """Tell what is about to be trained, here and to MLflow; the record of its epochs."""
+    for line in telling.lines:
+        outside.tell(line)
+    tracker = open_job_tracker(job, folder)
+    log_settings(tracker, job, telling.tags)
+    tracker.set_tags({f"data.{name}": str(value) for name, value in telling.data.items()})
+    return RunRecord(
+        folder=folder,
+        tracker=tracker,
+        tell=outside.tell,
+        num_epochs=setup.settings.num_epochs,
+        steps_per_epoch=setup.task.steps_per_epoch,
+        every_s=job.progress_seconds,
+        shown=telling.shown,
+    )
 
 
 def finished_results(
