@@ -21,6 +21,7 @@ from pipeline.config.classifier_groups import (
     DRLocConfig,
     OptimConfig,
 )
+from pipeline.config.detection import DetectorConfig, TrainDetectorJob
 from pipeline.config.labelling import (
     BackboneConfig,
     ComputeConfig,
@@ -44,6 +45,7 @@ __all__ = [
     "DRLocConfig",
     "DataConfig",
     "DemoJob",
+    "DetectorConfig",
     "DrawJob",
     "EvaluateJob",
     "ImagesConfig",
@@ -54,6 +56,7 @@ __all__ = [
     "Settings",
     "TrackedSettings",
     "TrainClassifierJob",
+    "TrainDetectorJob",
     "TrainingJob",
     "flatten",
 ]

@@ -17,6 +17,7 @@ from pipeline.config.settings import (
 Feature = Literal["key", "query", "value"]
 Rule = Literal["solost", "lost"]
 Similarity = Literal["cosine", "dot", "pearson"]
+Difficult = Literal["drop", "ignore", "keep"]
 
 Level = Annotated[int, Field(ge=0, le=255)]
 
@@ -163,22 +164,47 @@ class LabelJob(TrackedSettings):
 
 
 class EvaluateJob(Settings):
-    """Measure boxes against ground truth: CorLoc, its interval, and two trivial baselines."""
+    """Measure boxes against ground truth: CorLoc beside two trivial baselines, AP and recall."""
 
     labels: str
     """Pseudo-label table (folder), or a JSON file {file name: [x0, y0, x1, y1]}."""
 
     ground_truth: str
-    """COCO JSON (crowd left out), or a folder of Pascal VOC XML files."""
+    """COCO JSON (crowd is nobody's object), or a folder of Pascal VOC XML files."""
+
+    output: str | None = None
+    """Folder (or URI) for evaluation.json, precision_recall.png and worst_cases.png."""
+
+    coco_results: str | None = None
+    """File for the boxes in COCO's results format."""
 
     ignore_difficult: bool = False
-    """Leave out objects marked difficult (the papers count them)."""
+    """CorLoc: leave out objects marked difficult (the papers count them)."""
+
+    difficult: Difficult = "drop"
+    """AP: objects marked difficult are no objects (drop, as Detectron2 and LOST), count neither way
+    (ignore, as the VOC devkit), or count like all others (keep)."""
+
+    scores: Literal["table", "equal"] = "table"
+    """AP: rank boxes by the table's scores, or take all as equally sure."""
+
+    class_aware: bool = False
+    """Match clusters with classes also where all labels are 1; done anyway where they are not."""
 
     num_resamples: Annotated[int, Field(ge=100, le=1_000_000)] = 10_000
-    """Bootstrap resamples behind the 95 % interval."""
+    """Bootstrap resamples behind the 95 % intervals; of AP50 at most 2000."""
 
     seed: Seed = 0
     """Seed of the bootstrap."""
+
+    tracking_uri: str | None = None
+    """MLflow server or database to record the numbers in; None records nothing."""
+
+    experiment: str = "patchseed"
+    """MLflow experiment the run belongs to."""
+
+    run_name: str | None = None
+    """MLflow run name; None is made of the labels' name."""
 
     debug: bool = False
     """Show tracebacks."""

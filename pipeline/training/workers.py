@@ -50,6 +50,16 @@ class Workers:
             return box[0]
         return value
 
+    def gathered(self, value: Any) -> list[Any]:
+        """What each worker gave, in the order of their ranks, on every worker; anything that
+        pickles.
+        """
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
     def wait(self) -> None:
         """Return once all workers are here."""
         if self.size > 1:
