@@ -10,6 +10,8 @@ from tests.conftest import ROOT
 RAY_FREE = [
     "pipeline.boxes",
     "pipeline.compare_runs",
+    "pipeline.clustering.kmeans",
+    "pipeline.clustering.crops",
     "pipeline.command_line",
     "pipeline.config",
     "pipeline.data.images",
@@ -28,6 +30,7 @@ RAY_FREE = [
     "pipeline.losses.multi_stage",
     "pipeline.models.dino_head",
     "pipeline.localization.localize",
+    "pipeline.models.class_tokens",
     "pipeline.models.dino_vit",
     "pipeline.models.features",
     "pipeline.models.cvt",

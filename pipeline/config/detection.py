@@ -1,9 +1,10 @@
-"""The job that trains a class-agnostic detector (CAD) on pseudo-boxes."""
+"""The jobs that train a class-agnostic detector (CAD) on pseudo-boxes, and detect with it."""
 
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from pipeline.config.labelling import BulkJob, ComputeConfig, ImagesConfig
 from pipeline.config.settings import PositiveInt, Settings, flatten
 from pipeline.config.training import Below1, Count, NonNegative, Positive, Probability, TrainingJob
 
@@ -182,6 +183,8 @@ class TrainDetectorJob(TrainingJob):
     @model_validator(mode="after")
     def _settings_agree(self) -> "TrainDetectorJob":
         self.require_agreeing_workers()
+        if self.round > self.rounds:
+            raise ValueError(f"--round must be at most --rounds {self.rounds}, got {self.round}")
         workers = max(1, self.num_workers)
         if self.batch_size < workers * self.optim.accumulate:
             raise ValueError(
@@ -223,6 +226,70 @@ class TrainDetectorJob(TrainingJob):
         if self.add_labels is None:
             del decides["self_training"]
         return flatten(decides)
+
+
+class DetectImagesConfig(ImagesConfig):
+    """What is done to an image's bytes before the detector resizes it to its own size."""
+
+    max_side: Annotated[int, Field(ge=64, le=16_384)] = 2666
+    """Longer images are first scaled down to this; less than the detector's own longest side costs
+    detail. Boxes stay in original pixels."""
+
+
+class DetectComputeConfig(ComputeConfig):
+    """How the work is cut up and placed; none of it changes a box (but precision does)."""
+
+    batch_size: PositiveInt | None = None
+    """Images per forward pass at most (of one size as the detector sees them); None is 4 on a GPU,
+    and 1 on a CPU, which gains nothing by more."""
+
+    block_size: PositiveInt = 16
+    """Images per unit of work: what a kill can cost, and what is decoded in one go."""
+
+
+class DetectJob(BulkJob):
+    """Find the objects of every image of a collection with a trained detector."""
+
+    images: str | None = None
+    """A folder, a glob, a .txt or .parquet list of URIs, or Parquet with image bytes; local paths,
+    s3:// or gs://."""
+
+    labels: str | None = None
+    """Or the images of a pseudo-label table (folder), found through its URIs; they keep their
+    image_id, so that the rows of both tables match."""
+
+    detector: str
+    """Folder (or URI) of a detector, as jobs/train_detector.py writes it."""
+
+    score_threshold: Probability | None = None
+    """Detections below this are not told; None is the detector's own."""
+
+    max_detections: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    """Boxes per image at most; None is the detector's own."""
+
+    decode: DetectImagesConfig = DetectImagesConfig()
+    compute: DetectComputeConfig = DetectComputeConfig()
+
+    @model_validator(mode="after")
+    def _images_come_from_one_place(self) -> "DetectJob":
+        if (self.images is None) == (self.labels is None):
+            raise ValueError("give either --images or --labels: one of them names the images")
+        return self
+
+    def what_decides_the_boxes(self, detector: dict[str, Any]) -> dict[str, Any]:
+        """The part of the configuration that a resumed run must share, as flat JSON values.
+
+        Args:
+            detector: all that decides what it finds, as JSON values, limits of this job included.
+        """
+        source = {"images": self.images} if self.labels is None else {"labels": self.labels}
+        groups = {
+            **source,
+            "detector": detector,
+            "decode": self.decode.model_dump(mode="json"),
+            "precision": self.compute.precision,
+        }
+        return flatten(groups)
 
 
 def presets() -> dict[str, dict[str, Any]]:

@@ -110,14 +110,10 @@ class ComputeConfig(Settings):
     """Ask for more actors than the cluster has room for now; the autoscaler brings nodes."""
 
 
-class LabelJob(TrackedSettings):
-    """Give every image of a collection one pseudo box, and write the boxes as Parquet."""
+class BulkJob(TrackedSettings):
+    """What the jobs share that give every image of a collection one row of a table."""
 
     goes_on_with: ClassVar = "--resume"
-
-    images: str
-    """A folder, a glob, a .txt or .parquet list of URIs, or Parquet with image bytes; local paths,
-    s3:// or gs://."""
 
     output: str
     """Folder (or URI) of the pseudo-label table; must be new, unless --resume or --overwrite."""
@@ -137,18 +133,27 @@ class LabelJob(TrackedSettings):
     progress_seconds: Annotated[float, Field(gt=0)] = 5.0
     """Seconds between progress lines where the output is not a terminal."""
 
-    backbone: BackboneConfig = BackboneConfig()
-    localization: LocalizationConfig = LocalizationConfig()
     decode: ImagesConfig = ImagesConfig()
     compute: ComputeConfig = ComputeConfig()
 
     @model_validator(mode="after")
-    def _flags_agree(self) -> "LabelJob":
+    def _flags_agree(self) -> "BulkJob":
         if self.resume and self.overwrite:
             raise ValueError("--resume and --overwrite contradict each other: give one of them")
         if self.retry_failed and not self.resume:
             raise ValueError("--retry-failed needs --resume: it goes over an earlier run's rows")
         return self
+
+
+class LabelJob(BulkJob):
+    """Give every image of a collection one pseudo box, and write the boxes as Parquet."""
+
+    images: str
+    """A folder, a glob, a .txt or .parquet list of URIs, or Parquet with image bytes; local paths,
+    s3:// or gs://."""
+
+    backbone: BackboneConfig = BackboneConfig()
+    localization: LocalizationConfig = LocalizationConfig()
 
     def what_decides_the_boxes(self, weights_sha256: str) -> dict[str, Any]:
         """The part of the configuration that a resumed run must share, as flat JSON values."""

@@ -10,7 +10,6 @@ returns a `BoxTable`.
 Shape letters:  N images   M boxes, image after image
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,9 +22,9 @@ from numpy.typing import NDArray
 
 from pipeline.boxes import as_boxes
 from pipeline.data.labelled_images import PackedBytes
-from pipeline.data.pseudo_labels import MANIFEST_NAME, read_labels
+from pipeline.data.pseudo_labels import manifest_sha256, read_labels
 from pipeline.errors import DataError
-from pipeline.storage import Location, one_line
+from pipeline.storage import Location
 
 THINNEST: Final = 0.01
 """Pixels of the original: a box thinner than this may lose its last width when it is scaled in
@@ -134,7 +133,7 @@ def read_box_table(folder: Location, *, min_score: float | None = None) -> BoxTa
     usable_N = num_kept_N > 0
     source = TableSource(
         place=str(folder),
-        manifest_sha256=_manifest_hash(folder),
+        manifest_sha256=manifest_sha256(folder),
         rows=len(rows),
         images_left_out=_images_left_out(rows["status"], num_N, num_kept_N),
         boxes_left_out=_ordered(Counter(reason_M[~kept_M].tolist())),
@@ -225,14 +224,6 @@ def _is_thin(boxes_M4: NDArray[np.float32]) -> NDArray[np.bool_]:
         sides_M2 = boxes[:, 2:] - boxes[:, :2]
     thin_M: NDArray[np.bool_] = sides_M2.min(axis=1) < THINNEST
     return thin_M
-
-
-def _manifest_hash(folder: Location) -> str:
-    place = folder.child(MANIFEST_NAME)
-    try:
-        return hashlib.sha256(place.read_bytes()).hexdigest()
-    except OSError as fault:
-        raise DataError(f"{place} cannot be read: {one_line(fault)}") from fault
 
 
 def _ordered(counts: "Counter[str]") -> dict[str, int]:

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from pipeline.data.box_transform import fixed_size
+from pipeline.data.box_transform import BoxTransform, fixed_size
 from pipeline.detection.detector import Detector, build_detector
 from pipeline.detection.options import DetectorOptions
 from pipeline.detection.predictor import Predictor
@@ -81,9 +81,24 @@ class StoredDetector:
     sha256: str
     """Of the weights."""
 
+    made_by: dict[str, Any]
+    """What ``write_detector`` was told of the run."""
 
-def read_detector(folder: Location) -> StoredDetector:
+    @property
+    def transform(self) -> BoxTransform:
+        """How images are resized for it."""
+        return fixed_size(self.size.short_side, max_side=self.size.max_side)
+
+
+def read_detector(
+    folder: Location, *, score_threshold: float | None = None, max_detections: int | None = None
+) -> StoredDetector:
     """The detector of a folder, on the CPU, as it was written.
+
+    Args:
+        folder: where it lies.
+        score_threshold: detections below this are not told; None is the detector's own.
+        max_detections: boxes per image at most; None is the detector's own.
 
     Raises:
         WeightsError: there is none, it is damaged, or this version builds another one.
@@ -96,10 +111,16 @@ def read_detector(folder: Location) -> StoredDetector:
         sha256 = hashlib.sha256(content).hexdigest()
         if sha256 != config["weights"]["sha256"]:
             raise ValueError(f"{WEIGHTS} has another sha256 than {CONFIG} says")
-        detector = build_detector(DetectorOptions(**config["options"]))
+        limits = {"score_threshold": score_threshold, "max_detections": max_detections}
+        given = {name: value for name, value in limits.items() if value is not None}
+        detector = build_detector(DetectorOptions(**config["options"] | given))
         detector.load_state_dict(safetensors.torch.load(content))
         return StoredDetector(
-            detector, TestSize(**config["size"]), tuple(config["classes"]), sha256
+            detector,
+            TestSize(**config["size"]),
+            tuple(config["classes"]),
+            sha256,
+            config["made_by"],
         )
     except (OSError, StorageError, SafetensorError) as fault:
         reason = one_line(fault, 160)
@@ -119,5 +140,4 @@ def load_detector(path: str, device: str = "cpu") -> Predictor:
         WeightsError: as ``read_detector``.
     """
     stored = read_detector(Location.parse(path))
-    transform = fixed_size(stored.size.short_side, max_side=stored.size.max_side)
-    return Predictor(stored.detector.to(torch.device(device)), transform)
+    return Predictor(stored.detector.to(torch.device(device)), stored.transform)

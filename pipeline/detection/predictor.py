@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.boxes import clip, rescale
-from pipeline.data.box_transform import BoxTransform
+from pipeline.data.box_transform import BoxTransform, resized_size
 from pipeline.data.labelled_images import decode_rgb
 from pipeline.detection.detector import Detector
 from pipeline.evaluation.predictions import Detections
@@ -37,6 +37,17 @@ class Predictor:
         self.detector = detector.eval()
         self.transform = transform
 
+    @property
+    def device(self) -> torch.device:
+        """Where the detector computes."""
+        device: torch.device = next(self.detector.parameters()).device
+        return device
+
+    def seen_size(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height that a photo of this size has for the detector."""
+        fixed = self.transform
+        return resized_size(width, height, short_side=fixed.short_sides[0], max_side=fixed.max_side)
+
     def predict(self, photo: Photo) -> Detections:
         """The boxes of one photo, the surest first.
 
@@ -54,8 +65,9 @@ class Predictor:
             DataError, OSError: as ``predict``.
         """
         images = [_opened(photo) for photo in photos]
-        device = next(self.detector.parameters()).device
-        seen = [self.transform(one, _NO_BOXES, random.Random(0))[0].to(device) for one in images]
+        seen = [
+            self.transform(one, _NO_BOXES, random.Random(0))[0].to(self.device) for one in images
+        ]
         found = self.detector([one_3HW.float() / 255 for one_3HW in seen])
         return [
             Detections(
