@@ -21,18 +21,18 @@ _Norm: TypeAlias = nn.BatchNorm2d | nn.SyncBatchNorm
 _ALL_BUT_CHANNELS = (0, 2, 3)
 
 
-class PooledBatchNorm2d(nn.SyncBatchNorm):
+class PooledBatchNorm2d(nn.BatchNorm2d):
     """Batch norm whose mean and variance are those of the global batch, on a CPU too.
 
     Workers count by what they hold, so any division of the batch gives the numbers of one worker.
-    On a GPU this is torch's fused SyncBatchNorm, which knows no CPU; alone, and in evaluation, it
-    is plain batch norm. In training all workers must call it equally often.
+    Alone, and in evaluation, it is plain batch norm. In training all workers must call it equally
+    often. No SyncBatchNorm, because DDP refuses those on a CPU; ``fused`` makes it one on a GPU.
     """
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """``(B, C, H, W)``: normalised."""
         pools = self.training and dist.is_available() and dist.is_initialized()
-        if images_BCHW.is_cuda or not pools or dist.get_world_size() == 1:
+        if not pools or dist.get_world_size() == 1:
             plain_BCHW: Tensor = super().forward(images_BCHW)
             return plain_BCHW
         mean_C, variance_C, count = _pooled_moments(images_BCHW.float())
@@ -54,6 +54,19 @@ class PooledBatchNorm2d(nn.SyncBatchNorm):
             momentum = 1.0 / float(self.num_batches_tracked or 1)
         self.running_mean.lerp_(mean_C, momentum)
         self.running_var.lerp_(variance_C * (count / (count - 1).clamp(min=1)), momentum)
+
+
+def fused(detector: nn.Module) -> nn.Module:
+    """The detector with torch's SyncBatchNorm, faster and for GPUs alone, where it pools.
+
+    Changed in place; weights, statistics and their names stay.
+    """
+    for module in list(detector.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, PooledBatchNorm2d):
+                converted = nn.SyncBatchNorm.convert_sync_batchnorm(child)  # type: ignore[no-untyped-call]
+                setattr(module, name, converted)
+    return detector
 
 
 def precise_bn(detector: nn.Module, batches: Iterable[DetectorBatch], num_batches: int) -> int:

@@ -94,6 +94,8 @@ class _Run:
         self._began = time.monotonic()
         if self.record is not None:
             self.record.on_epoch(epoch, numbers)
+            # Not before: a run that has learnt nothing is bound to no table.
+            self.folder.write_json(_LABELS, _hashes(self.setup))
             state = {"loop": self.setup.state.state_dict(), "history": self.record.history}
             self.folder.checkpoints.save(epoch, state, score=None)
         self.outside.report(numbers)
@@ -167,15 +169,16 @@ def _lineage(setup: DetectorSetup) -> dict[str, Any]:
 
 def _require_same_labels(setup: DetectorSetup, folder: RunFolder, workers: Workers) -> None:
     """A run goes on with the very boxes it began with."""
-    now = [source.manifest_sha256 for source in setup.table.sources]
     then = workers.from_first(folder.read_json(_LABELS) if workers.is_first else None)
-    if then is not None and then["manifest_sha256"] != now:
+    if then is not None and then != _hashes(setup):
         raise DataError(
             f"the labels have changed since this run began in {folder.place}; train anew with "
             "--overwrite, or restore the table"
         )
-    if workers.is_first and then is None:
-        folder.write_json(_LABELS, {"manifest_sha256": now})
+
+
+def _hashes(setup: DetectorSetup) -> dict[str, list[str]]:
+    return {"manifest_sha256": [source.manifest_sha256 for source in setup.table.sources]}
 
 
 def _open_record(

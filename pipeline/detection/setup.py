@@ -17,6 +17,7 @@ from pipeline.data.box_sampler import BucketBatchSampler
 from pipeline.data.box_table import BoxTable, read_box_table
 from pipeline.data.box_transform import BoxTransform
 from pipeline.data.seeding import key_of
+from pipeline.detection.batch_norm import fused
 from pipeline.detection.detector import Detector, build_detector, default_options, initialise
 from pipeline.detection.exported_detector import CONFIG, read_detector
 from pipeline.detection.options import DetectorOptions
@@ -77,6 +78,8 @@ def set_up(job: TrainDetectorJob, workers: Workers) -> DetectorSetup:
     table = read_table(job)
     start = read_start(job.detector.init)
     detector = build(job, start, num_classes=int(table.labels_M.max())).to(workers.device)
+    if workers.size > 1 and workers.device.type == "cuda":
+        fused(detector)
     loader = _loader(job, table, workers, job.seed, job.steps_per_epoch)
     measured = None
     if job.precise_bn and job.detector.norm != "frozen":

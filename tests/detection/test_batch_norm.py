@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.detection.batch_norm import PooledBatchNorm2d, precise_bn
+from pipeline.detection.batch_norm import PooledBatchNorm2d, fused, precise_bn
 from pipeline.detection.detector import build_detector, default_options
 from pipeline.training.workers import Workers
 from tests.detection.toy import pictures
@@ -192,3 +192,40 @@ def test_a_detectors_frozen_norms_and_weights_stay_and_the_others_settle() -> No
     }
     assert changed == norms
     assert not any(name.startswith(("backbone.bn1", "backbone.layer1")) for name in changed)
+
+
+def gradient_of(network: nn.Module, conv: nn.Conv2d, part: slice) -> Tensor:
+    _, noise_B3HW = values()
+    factors = noise_B3HW.roll(1, dims=0)
+    (network(noise_B3HW[part]) * factors[part]).sum().backward()
+    assert conv.weight.grad is not None
+    return conv.weight.grad
+
+
+def gradient_under_ddp(workers: Workers) -> Tensor:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 3, 1)
+    shared = nn.parallel.DistributedDataParallel(nn.Sequential(conv, PooledBatchNorm2d(3)))
+    return gradient_of(shared, conv, slice(0, 4) if workers.is_first else slice(4, 6))
+
+
+def test_workers_on_cpus_share_a_network_that_pools(pair: TwoWorkers) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 3, 1)
+    expected = gradient_of(nn.Sequential(conv, nn.BatchNorm2d(3)), conv, slice(None))
+    for gradient in pair.run(gradient_under_ddp):
+        # DDP takes the mean over the workers.
+        torch.testing.assert_close(2 * gradient, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_torchs_own_pooling_takes_over_weights_statistics_and_their_names() -> None:
+    torch.manual_seed(0)
+    detector = build_detector(default_options("nano", norm="pooled"))
+    names = {name for name, one in detector.named_modules() if type(one) is PooledBatchNorm2d}
+    before = {name: value.clone() for name, value in detector.state_dict().items()}
+    weights = [id(weight) for weight in detector.parameters()]
+    fused(detector)
+    made = {name for name, one in detector.named_modules() if type(one) is nn.SyncBatchNorm}
+    assert made == names != set()
+    assert [id(weight) for weight in detector.parameters()] == weights
+    torch.testing.assert_close(dict(detector.state_dict()), before, rtol=0, atol=0)
