@@ -19,7 +19,7 @@ $(READY): requirements.txt pyproject.toml
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	touch $@
 
-demo: $(READY)  ## sample collection -> pseudo labels -> CorLoc -> pictures (WEIGHTS=FILE where there is no hub)
+demo: $(READY)  ## sample collection -> pseudo labels -> CorLoc -> pictures (WEIGHTS=FILE for another ViT)
 	$(BIN)/python jobs/demo.py $(if $(WEIGHTS),--weights $(WEIGHTS))
 
 test: $(READY)  ## the whole test suite but the slow tests

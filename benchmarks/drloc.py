@@ -18,13 +18,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import tyro
 
-from benchmarks.rounds import Ratio, hardware, print_ratios, ratio, take_turns
-from benchmarks.timing import write_json
+from benchmarks.rounds import Ratio, print_and_keep, ratio, take_turns
 from benchmarks.training_ways import (
     Network,
     OurTraining,
@@ -35,7 +34,7 @@ from benchmarks.training_ways import (
     plant_pictures,
     timm_loader,
 )
-from benchmarks.training_workers import Job, Load, pinned_workers
+from benchmarks.training_workers import Job, Load, ray_against_plain, two_against_one
 from pipeline.data.batches import Batch
 from pipeline.losses.multi_stage import DRLocObjective
 
@@ -156,42 +155,33 @@ def loop_against_timm_with_data(settings: Settings, root: Path) -> list[Ratio]:
     return [ratio(name, seconds["timm"], seconds["ours"], ">= 1.0")]
 
 
-def ray_against_plain(settings: Settings, root: Path) -> list[Ratio]:
+def job_of(settings: Settings, root: Path) -> Job:
     """(c)"""
-    job = Job(
-        data=root,
-        model=settings.data_name,
-        image_size=settings.data_size,
+    return Job(
+        script="train_classifier.py",
+        flags={
+            "data.name": "folder",
+            "data.root": str(root),
+            "data.loader-workers": settings.loader_workers,
+            "model.name": settings.data_name,
+            "model.image-size": settings.data_size,
+        },
         batch_size=settings.data_batch,
         epochs=settings.job_epochs,
         threads=settings.job_threads,
-        loader_workers=settings.loader_workers,
         use_gpu=settings.device == "cuda",
     )
-    plain: list[float] = []
-    with_ray: list[float] = []
-    for _ in range(settings.job_rounds):
-        plain += job.speeds(num_workers=0)
-        with_ray += job.speeds(num_workers=1)
-    return [ratio("c: images/s with TorchTrainer / plain", with_ray, plain, ">= 0.97")]
 
 
-def two_against_one(settings: Settings) -> list[Ratio]:
+def load_of(settings: Settings) -> Load:
     """(d)"""
     network = replace(settings.network, device=torch.device("cpu"), precision="fp32")
-    with pinned_workers(Load(network, settings.local_batch, settings.local_steps)) as workers:
-        speeds = workers.rounds(settings.local_rounds)
-    both = [2 * speed for speed in speeds["one"]]
-    return [
-        ratio("d: images/s of 2 workers / twice those of 1", speeds["together"], both, ">= 0.95"),
-        ratio("d: the same of 2 that exchange nothing", speeds["apart"], both),
-    ]
+    return Load(network, settings.local_batch, settings.local_steps)
 
 
 def main(settings: Settings) -> None:
     """Measure the parts asked for, print the ratios and keep them."""
     torch.set_num_threads(settings.threads)
-    device = torch.device(settings.device)
     ratios: list[Ratio] = []
     with TemporaryDirectory() as folder:
         root = Path(folder)
@@ -206,23 +196,14 @@ def main(settings: Settings) -> None:
             ratios += loop_against_timm(settings)
             ratios += loop_against_timm_with_data(settings, root)
         if "d" in settings.parts:
-            ratios += two_against_one(settings)
+            ratios += two_against_one(load_of(settings).training, settings.local_rounds)
         if "c" in settings.parts:
-            ratios += ray_against_plain(settings, root)
-    where = hardware(device)
-    print_ratios(
+            ratios += ray_against_plain(job_of(settings, root), settings.job_rounds)
+    title = (
         f"{settings.name} at {settings.image_size} px, batch {settings.batch_size}, "
-        f"{settings.precision}; {where}",
-        ratios,
+        f"{settings.precision}"
     )
-    write_json(settings.output, as_json(settings, ratios, where))
-
-
-def as_json(settings: Settings, ratios: list[Ratio], where: str) -> dict[str, Any]:
-    """All that was asked and found."""
-    asked = {name: str(value) for name, value in vars(settings).items()}
-    found = {one.name: one.as_json() for one in ratios}
-    return {"hardware": where, "settings": asked, "ratios": found}
+    print_and_keep(title, ratios, settings, settings.output, torch.device(settings.device))
 
 
 if __name__ == "__main__":

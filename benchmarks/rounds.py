@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.timing import print_table
+from benchmarks.timing import print_table, write_json
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,17 @@ def print_ratios(title: str, ratios: Sequence[Ratio]) -> None:
     print_table(
         title, ["ratio", "median", "spread", "rounds", "aim"], [ratio.row() for ratio in ratios]
     )
+
+
+def print_and_keep(
+    title: str, ratios: Sequence[Ratio], settings: object, output: Path, device: torch.device
+) -> None:
+    """The table, and a file with all that was asked (a dataclass's fields) and found."""
+    where = hardware(device)
+    print_ratios(f"{title}; {where}", ratios)
+    asked = {name: str(value) for name, value in vars(settings).items()}
+    found = {one.name: one.as_json() for one in ratios}
+    write_json(output, {"hardware": where, "settings": asked, "ratios": found})
 
 
 def take_turns(

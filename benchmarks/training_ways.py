@@ -28,7 +28,7 @@ from pipeline.losses.grid_pooling import Pooling
 from pipeline.losses.multi_stage import DRLocObjective, DRLocOptions
 from pipeline.models.backbones import build_model
 from pipeline.pretraining.supervised import SupervisedObjective, SupervisedTask
-from pipeline.training.loop import AUTOCAST, Hooks, LoopSettings, LoopState, train
+from pipeline.training.loop import AUTOCAST, Hooks, LoopSettings, LoopState, Task, train
 from pipeline.training.optim import build_optimizer, parameter_groups
 from pipeline.training.schedules import warmup_cosine
 from pipeline.training.workers import Workers
@@ -100,8 +100,34 @@ class RepeatedBatch:
         return cast(BatchLoader, self)
 
 
-class OurTraining:
-    """Our loop and our step, an epoch per call."""
+class LoopTraining:
+    """Our loop on a task, an epoch per call."""
+
+    def __init__(
+        self,
+        task: Task,
+        state: LoopState,
+        settings: LoopSettings,
+        workers: Workers,
+        hooks: Hooks | None = None,
+    ) -> None:
+        """``hooks``: what happens in a step; the end of an epoch is told here."""
+        self._task, self._state, self._settings = task, state, settings
+        self._workers = workers
+        self._hooks = replace(hooks or Hooks(self._keep), on_epoch_end=self._keep)
+        self.numbers: dict[str, float] = {}
+        """Of the last epoch, as the loop tells them."""
+
+    def __call__(self) -> None:
+        settings = replace(self._settings, num_epochs=self._state.next_epoch + 1)
+        train(self._task, self._state, settings, self._workers, self._hooks)
+
+    def _keep(self, epoch: int, numbers: dict[str, float]) -> None:
+        self.numbers = numbers
+
+
+class OurTraining(LoopTraining):
+    """Our loop and our step with labels, an epoch per call."""
 
     def __init__(
         self,
@@ -111,7 +137,7 @@ class OurTraining:
         drloc: bool = False,
         workers: Workers | None = None,
     ) -> None:
-        self.workers = workers or Workers(0, 1, network.device)
+        workers = workers or Workers(0, 1, network.device)
         self.objective = network.build(drloc=drloc)
         mixing = MixOptions(
             num_classes=network.num_classes,
@@ -119,29 +145,22 @@ class OurTraining:
             cutmix=CUTMIX,
             label_smoothing=SMOOTHING,
         )
-        self._task = SupervisedTask(
+        task = SupervisedTask(
             objective=self.objective,
             loader=loader,
             mixing=mixing,
             drloc_weight=lambda epoch: 0.5,
-            workers=self.workers,
+            workers=workers,
             seed=0,
             channels_last=network.channels_last,
         )
         groups = parameter_groups(self.objective, weight_decay=WEIGHT_DECAY)
         optimizer = build_optimizer(groups, kind="adamw", lr=LR)
         scaler = torch.amp.GradScaler(network.device.type, enabled=network.precision == "fp16")
-        self._state = LoopState(self.objective, optimizer, None, scaler)
-        self._settings = LoopSettings(1, _rate, seed=0, clip=CLIP, precision=network.precision)
-        self.numbers: dict[str, float] = {}
-        """Of the last epoch, as the loop tells them."""
-
-    def __call__(self) -> None:
-        settings = replace(self._settings, num_epochs=self._state.next_epoch + 1)
-        train(self._task, self._state, settings, self.workers, Hooks(self._keep))
-
-    def _keep(self, epoch: int, numbers: dict[str, float]) -> None:
-        self.numbers = numbers
+        settings = LoopSettings(1, _rate, seed=0, clip=CLIP, precision=network.precision)
+        super().__init__(
+            task, LoopState(self.objective, optimizer, None, scaler), settings, workers
+        )
 
 
 def _rate(step: int) -> float:

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -18,7 +18,8 @@ from tempfile import TemporaryDirectory
 import torch
 import torch.distributed as dist
 
-from benchmarks.training_ways import Network, OurTraining, RepeatedBatch
+from benchmarks.rounds import Ratio, ratio
+from benchmarks.training_ways import LoopTraining, Network, OurTraining, RepeatedBatch
 from pipeline.data.batches import Batch
 from pipeline.training.workers import Workers, current_workers
 
@@ -32,6 +33,18 @@ class Load:
     network: Network
     local_batch: int
     steps: int
+
+    def training(self, workers: Workers) -> OurTraining:
+        """That of one of ``workers``."""
+        images_B3HW, labels_B = self.network.noise(self.local_batch)
+        first = workers.rank * self.local_batch
+        batch = Batch(images_B3HW, labels_B, self.local_batch * workers.size, 0, first)
+        loader = RepeatedBatch(batch, self.steps).as_loader()
+        return OurTraining(self.network, loader, drloc=True, workers=workers)
+
+
+TrainingOf = Callable[[Workers], LoopTraining]
+"""What each process trains, on the CPU, alone or in a group; must pickle."""
 
 
 class PinnedWorkers:
@@ -65,7 +78,7 @@ class PinnedWorkers:
 
 
 @contextmanager
-def pinned_workers(load: Load) -> Iterator[PinnedWorkers]:
+def pinned_workers(training_of: TrainingOf) -> Iterator[PinnedWorkers]:
     """The two, on the first two cores this process may use.
 
     Raises:
@@ -80,7 +93,7 @@ def pinned_workers(load: Load) -> Iterator[PinnedWorkers]:
         for rank, core in enumerate(cores):
             ours, theirs = context.Pipe()
             where = (rank, core, f"{folder}/meeting")
-            process = context.Process(target=_serve, args=(where, load, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(where, training_of, theirs), daemon=True)
             process.start()
             # Only the child's end may stay open, or its death would not be noticed.
             theirs.close()
@@ -97,15 +110,15 @@ def pinned_workers(load: Load) -> Iterator[PinnedWorkers]:
                 process.kill()
 
 
-def _serve(where: tuple[int, int, str], load: Load, pipe: Connection) -> None:
+def _serve(where: tuple[int, int, str], training_of: TrainingOf, pipe: Connection) -> None:
     rank, core, meeting = where
     # Before the first thread starts: threads are pinned as the one that starts them.
     os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     ways = {
-        "alone": _training(load, Workers(0, 1, load.network.device)),
-        "together": _training(load, current_workers(load.network.device)),
+        "alone": training_of(Workers(0, 1, torch.device("cpu"))),
+        "together": training_of(current_workers(torch.device("cpu"))),
     }
     try:
         while True:
@@ -116,25 +129,30 @@ def _serve(where: tuple[int, int, str], load: Load, pipe: Connection) -> None:
         dist.destroy_process_group()
 
 
-def _training(load: Load, workers: Workers) -> OurTraining:
-    images_B3HW, labels_B = load.network.noise(load.local_batch)
-    first = workers.rank * load.local_batch
-    batch = Batch(images_B3HW, labels_B, load.local_batch * workers.size, 0, first)
-    loader = RepeatedBatch(batch, load.steps).as_loader()
-    return OurTraining(load.network, loader, drloc=True, workers=workers)
+def two_against_one(training_of: TrainingOf, rounds: int) -> list[Ratio]:
+    """Efficiency of the two, and that of two which exchange nothing."""
+    with pinned_workers(training_of) as workers:
+        speeds = workers.rounds(rounds)
+    both = [2 * speed for speed in speeds["one"]]
+    return [
+        ratio("d: images/s of 2 workers / twice those of 1", speeds["together"], both, ">= 0.95"),
+        ratio("d: the same of 2 that exchange nothing", speeds["apart"], both),
+    ]
 
 
 @dataclass(frozen=True)
 class Job:
     """A small training job, the same with Ray and without but for who starts the loop."""
 
-    data: Path
-    model: str
-    image_size: int
+    script: str
+    """In ``jobs/``."""
+
+    flags: Mapping[str, object]
+    """Its own; what every job is told is added."""
+
     batch_size: int
     epochs: int
     threads: int
-    loader_workers: int
     use_gpu: bool
 
     def speeds(self, *, num_workers: int) -> list[float]:
@@ -145,7 +163,7 @@ class Job:
         """
         with TemporaryDirectory() as output:
             done = subprocess.run(
-                [sys.executable, "jobs/train_classifier.py", *self._flags(output, num_workers)],
+                [sys.executable, f"jobs/{self.script}", *self._flags(output, num_workers)],
                 cwd=_ROOT,
                 env={
                     **os.environ,
@@ -158,18 +176,14 @@ class Job:
                 check=False,
             )
             if done.returncode:
-                raise RuntimeError(f"train_classifier failed: {done.stdout}{done.stderr}")
+                raise RuntimeError(f"{self.script} failed: {done.stdout}{done.stderr}")
             (history,) = Path(output).glob("*/history.jsonl")
             epochs = [json.loads(line) for line in history.read_text().splitlines()]
         return [float(epoch["train/images_per_second"]) for epoch in epochs[1:]]
 
     def _flags(self, output: str, num_workers: int) -> list[str]:
         flags = {
-            "data.name": "folder",
-            "data.root": str(self.data),
-            "data.loader-workers": self.loader_workers,
-            "model.name": self.model,
-            "model.image-size": self.image_size,
+            **self.flags,
             "output": output,
             "epochs": self.epochs,
             "batch-size": self.batch_size,
@@ -180,3 +194,13 @@ class Job:
         }
         told = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
         return [*told, *(["--use-gpu"] if self.use_gpu else [])]
+
+
+def ray_against_plain(job: Job, rounds: int) -> list[Ratio]:
+    """Images per second in a Ray Train worker over those without Ray, epoch by epoch."""
+    plain: list[float] = []
+    with_ray: list[float] = []
+    for _ in range(rounds):
+        plain += job.speeds(num_workers=0)
+        with_ray += job.speeds(num_workers=1)
+    return [ratio("c: images/s with TorchTrainer / plain", with_ray, plain, ">= 0.97")]

@@ -1,7 +1,7 @@
 """See it work: sample scenes -> pseudo boxes -> CorLoc -> pictures, with the commands it runs.
 
-make demo                       # DINO ViT-S/16 from the hub
-make demo WEIGHTS=FILE          # any ViT's weights, where the hub cannot be reached
+make demo                       # offline, with the small DINO ViT of this repository
+make demo WEIGHTS=FILE          # with any other ViT's weights
 """
 
 import subprocess
@@ -11,17 +11,22 @@ from pathlib import Path
 from pipeline.command_line import run_job
 from pipeline.config import DemoJob
 
-NO_HUB = (
-    "The demo wants DINO's weights from the hub; with a file of your own: make demo WEIGHTS=FILE"
+SHIPPED = (
+    "--backbone.name vit_nano_patch8.dino --backbone.feature value --backbone.block 3 "
+    "--decode.max-side 224"
 )
+"""The weights that come with the package, the feature and the size that suit them (their card)."""
 
 
 def backbone_flags(weights: str | None) -> list[str]:
-    """DINO's last keys by default; of a network trained on labels, values of a middle block."""
+    """The shipped DINO network, or the feature that suits another ViT."""
     from pipeline.models.checkpoints import read_state_dict, recognise_vit
+    from pipeline.models.exported_backbone import name_beside
 
     if weights is None:
-        return []
+        return SHIPPED.split()
+    if name_beside(Path(weights)):
+        return ["--backbone.checkpoint", weights]
     name, labelled = recognise_vit(read_state_dict(Path(weights)), weights)
     flags = ["--backbone.name", name, "--backbone.checkpoint", weights]
     middle = "--backbone.feature value --backbone.block 5 --backbone.normalize half"
@@ -49,7 +54,7 @@ def main(job: DemoJob) -> int:
         print("\n$ python " + " ".join(command), flush=True)
         code = subprocess.run([sys.executable, *command], check=False).returncode
         if code:
-            print(NO_HUB if code == 4 and not job.weights else f"{name} ended with code {code}")
+            print(f"{name} ended with code {code}")
             return code
     print(f"\nThe table:     {labels}\nThe pictures:  {pictures}/contact_sheet.png")
     print("The run:       .venv/bin/mlflow ui --backend-store-uri sqlite:///mlflow.db")

@@ -9,7 +9,7 @@ The rooms, from the ground up (imports only go downwards; `make check` proves it
     boxes.py           xyxy maths
     models/            image -> patch tokens; image -> logits and grids
     data/              images, collections, labels, and THE table the stages meet in
-    losses/            a grid of tokens -> DRLoc
+    losses/            a grid of tokens -> DRLoc; two networks' answers -> DINO
     training/          the loop, optimisers, schedules, checkpoints; it knows no task
     localization/      patch tokens -> one box (LOST, SoLOST); the rule is seed_expansion.py
     evaluation/        CorLoc with its interval; paired comparisons of runs
@@ -18,6 +18,6 @@ The rooms, from the ground up (imports only go downwards; `make check` proves it
     tracking_reader.py recorded runs, read back
     compare_runs.py    runs -> the paired table
     labelling.py       a batch of images -> rows of the table (no Ray)
-    pretraining/       a classifier's run from settings to results (no Ray)
+    pretraining/       a classifier's or a DINO run from settings to results (no Ray)
     cluster/           the only room that imports Ray
 """

@@ -44,11 +44,17 @@ def _with_absolute_places(job: PretrainDinoJob) -> PretrainDinoJob:
     init = job.init
     if init is not None and os.path.exists(init):
         init = os.path.abspath(init)
+    watched = {
+        name: str(Location.parse(place))
+        for name in ("images", "ground_truth", "labelled")
+        if (place := getattr(job.probe, name)) is not None
+    }
     return job.model_copy(
         update={
             "output": str(Location.parse(job.output)),
             "tracking_uri": absolute_tracking_uri(job.tracking_uri),
             "images": tuple(str(Location.parse(text)) for text in job.images),
             "init": init,
+            "probe": job.probe.model_copy(update=watched),
         }
     )

@@ -239,7 +239,7 @@ class DemoJob(Settings):
     """Folder for everything the demo makes."""
 
     weights: str | None = None
-    """Weights file; None fetches DINO ViT-S/16 from the hub."""
+    """Weights file of another ViT; None takes the small DINO network of this repository."""
 
     num_scenes: PositiveInt = 60
     """How many scenes."""

@@ -166,6 +166,9 @@ class PretrainDinoJob(TrainingJob):
     cache_mib: Count = 4096
     """Images are decoded once and kept in memory if they take no more than this."""
 
+    gradient_norm_steps: Count = 0
+    """Steps between measurements of the loss's gradient before clipping; 0 never."""
+
     half: bool = False
     """Write the teacher in 16-bit floats: half the size."""
 

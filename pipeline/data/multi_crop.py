@@ -8,7 +8,7 @@ are cropped from each image, then varied in colour, blurred and solarised.
 ``draw_views`` draws all random numbers of a batch, ``make_views`` draws none. So workers that draw
 for the whole batch and make their own ``rows`` of it see what one worker alone would have seen.
 To add a step: its numbers to ``MultiCropOptions``, its draws to ``Views`` and ``draw_views``, its
-function to ``batch_colour.py`` or ``batch_geometry.py``, its turn in ``_one_view``.
+function to ``batch_colour.py`` or ``batch_geometry.py``, its turn in ``_make``.
 
 Shape letters:  B images   V views of an image, the global ones first   H, W rows and columns in
                 pixels   S side of a view   4 (x0, y0, width, height) or the four adjustments
@@ -88,9 +88,11 @@ class Views:
             raise ValueError(f"rows must lie in [0, {len(self)}), got {count} from {first} on")
         return self._each(lambda drawn: drawn[first : first + count])
 
-    def view(self, number: int) -> Self:
-        """The draws of all images' view ``number``; the tensors lose their axis V."""
-        return self._each(lambda drawn: drawn[:, number])
+    def flat(self, first: int, last: int) -> Self:
+        """The draws of views ``first`` to ``last - 1``, all images of one view after the other;
+        the tensors lose their axis V.
+        """
+        return self._each(lambda drawn: drawn[:, first:last].transpose(0, 1).flatten(0, 1))
 
     def _each(self, take: Callable[[Tensor], Tensor]) -> Self:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -169,17 +171,20 @@ def make_views(
         )
     with torch.autocast(images_B3HW.device.type, enabled=False):
         images_B3HW = images_B3HW.float() / 255
-        made = [
-            _one_view(images_B3HW, views.view(number), size, options)
-            for number, size in enumerate(
-                [options.global_size] * NUM_GLOBAL + [options.local_size] * options.num_local
-            )
-        ]
-    return made[:NUM_GLOBAL], made[NUM_GLOBAL:]
+        last = NUM_GLOBAL + options.num_local
+        global_VB3SS = _make(images_B3HW, views.flat(0, NUM_GLOBAL), options.global_size, options)
+        if last == NUM_GLOBAL:
+            return [*global_VB3SS], []
+        local_VB3SS = _make(images_B3HW, views.flat(NUM_GLOBAL, last), options.local_size, options)
+    return [*global_VB3SS], [*local_VB3SS]
 
 
-def _one_view(images_B3HW: Tensor, view: Views, size: int, options: MultiCropOptions) -> Tensor:
-    """One view of every image, ``(B, 3, S, S)``; ``view`` has no axis V."""
+def _make(images_B3HW: Tensor, view: Views, size: int, options: MultiCropOptions) -> Tensor:
+    """Several views of every image in one go: a GPU's time goes into the number of operations.
+
+    Returns:
+        ``(V, B, 3, S, S)``; ``view`` is flat.
+    """
     made_B3SS = _crop(images_B3HW, view, size)
     for turn in range(4):
         for number, adjust in enumerate(_ADJUSTMENTS):
@@ -192,11 +197,12 @@ def _one_view(images_B3HW: Tensor, view: Views, size: int, options: MultiCropOpt
     )
     _change_some(made_B3SS, view.solarize_BV, solarize)
     mean, std = (made_B3SS.new_tensor(rgb)[:, None, None] for rgb in (options.mean, options.std))
-    return made_B3SS.sub_(mean).div_(std)
+    made_B3SS.sub_(mean).div_(std)
+    return made_B3SS.reshape(-1, len(images_B3HW), 3, size, size)
 
 
 def _crop(images_B3HW: Tensor, view: Views, size: int) -> Tensor:
-    """Cropped, resized and mirrored; bicubic overshoots, so it is cut to [0, 1]."""
+    """Cropped, resized and mirrored: ``(V * B, 3, S, S)``; bicubic overshoots: cut to [0, 1]."""
     height, width = view.size
     device = images_B3HW.device
     # Copies from ordinary memory may be queued: the numbers are taken before the call returns.
@@ -204,7 +210,12 @@ def _crop(images_B3HW: Tensor, view: Views, size: int) -> Tensor:
     rows_BSH = resampling_matrix(y0_B, height_B, height, size)
     columns_BSW = resampling_matrix(x0_B, width_B, width, size)
     columns_BSW = mirrored(columns_BSW, view.flip_BV.to(device, non_blocking=True))
-    return mix_rows_and_columns(images_B3HW, rows_BSH, columns_BSW).clamp_(0, 1)
+    # The same images meet the matrices of each of their views.
+    num_images = len(images_B3HW)
+    rows_VBSH = rows_BSH.reshape(-1, num_images, *rows_BSH.shape[1:])
+    columns_VBSW = columns_BSW.reshape(-1, num_images, *columns_BSW.shape[1:])
+    made_VB3SS = torch.matmul(rows_VBSH[:, :, None] @ images_B3HW, columns_VBSW[:, :, None].mT)
+    return made_VB3SS.clamp_(0, 1).flatten(0, 1)
 
 
 def _blur(images_B3SS: Tensor, sigma_B: Tensor, radius: int) -> Tensor:

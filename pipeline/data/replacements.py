@@ -49,9 +49,15 @@ def read_or_replace(images: LabelledImages, index: int) -> Reading:
         if not isinstance(found, Fault):
             return Reading(found, tuple(faults))
         faults.append(found)
+    complaint = f"({first.complaint}); mend the files"
+    if len(members) == len(images):
+        # Of one class, as all unlabelled images are: users know of none.
+        raise DataError(
+            f"at least one image must be readable, none of {len(members)} is {complaint}"
+        )
     raise DataError(
         f"at least one image of class {label} must be readable, none of its {len(members)} is "
-        f"({first.complaint}); mend the files or remove the class"
+        f"{complaint} or remove the class"
     )
 
 

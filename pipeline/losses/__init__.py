@@ -1,4 +1,5 @@
-"""Losses: feature grids in, a scalar out; no file here knows a model.
+"""Losses: tensors in, a scalar out; no file here knows a model.
 
-``drloc.py`` is dense relative localization on one grid, ``multi_stage.py`` the door for training.
+``drloc.py`` is dense relative localization on one grid, ``multi_stage.py`` its door for training.
+``dino.py`` is the student's cross-entropy to the teacher, and the centre of its answers.
 """

@@ -15,7 +15,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, WeightsError
+from pipeline.models.checkpoints import file_sha256
 from pipeline.models.features import NORMALIZATIONS
 from pipeline.models.model_options import STANDARD_SIDE
 from pipeline.models.published import architecture
@@ -98,16 +99,26 @@ def network_of_checkpoint(name: str, checkpoint: str | None, *, default: str) ->
 
 
 def name_beside(checkpoint: Path) -> str | None:
-    """The network whose weights this file holds, as ``config.json`` beside it says; else None."""
+    """The network whose weights this file holds, as ``config.json`` beside it says; else None.
+
+    Raises:
+        WeightsError: it speaks of a file of this name, but not of this one.
+    """
     try:
-        config = json.loads((checkpoint.parent / CONFIG).read_bytes())
-        described = config["patchseed"]
-        if described["weights"]["file"] == checkpoint.name:
-            return str(described["name"])
+        described = json.loads((checkpoint.parent / CONFIG).read_bytes())["patchseed"]
+        name, weights = str(described["name"]), described["weights"]
+        if weights["file"] != checkpoint.name:
+            return None
+        expected = str(weights["sha256"])
     except (OSError, ValueError, KeyError, TypeError):
         # There is none, or it is another program's.
         return None
-    return None
+    if file_sha256(checkpoint) != expected:
+        raise WeightsError(
+            f"{checkpoint} is not the file that {CONFIG} beside it describes (another sha256); "
+            "fetch both anew, or delete that file and give --backbone.name"
+        )
+    return name
 
 
 def _kept(tensor: Tensor, half: bool) -> Tensor:

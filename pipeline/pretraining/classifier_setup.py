@@ -27,7 +27,7 @@ from pipeline.pretraining.classifier_data import (
     mix_options,
     training_batches,
 )
-from pipeline.pretraining.step_fault import remember_random_states
+from pipeline.pretraining.random_states import remember_random_states
 from pipeline.pretraining.supervised import SupervisedObjective, SupervisedTask
 from pipeline.training import schedules
 from pipeline.training.loop import LoopSettings, LoopState

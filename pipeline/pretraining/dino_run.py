@@ -20,8 +20,9 @@ from pipeline.pretraining.run_life import (
     summary_of,
 )
 from pipeline.pretraining.run_record import Epoch, RunRecord, log_results
+from pipeline.pretraining.step_fault import keep_fault
 from pipeline.tracking import NoTracker, Tracker
-from pipeline.training.loop import Hooks, train
+from pipeline.training.loop import Hooks, StepFault, train
 from pipeline.training.workers import Workers
 
 KIND = "dino"
@@ -74,6 +75,7 @@ class _Run:
         return Hooks(
             on_epoch_end=self._after_epoch,
             on_step=self.record.on_step if self.record else lambda key, num_images: None,
+            on_fault=self._keep_fault,
             before_update=self.setup.task.before_update,
             after_update=self.setup.task.after_update,
         )
@@ -91,6 +93,9 @@ class _Run:
             state = {"loop": self.setup.state.state_dict(), "history": self.record.history}
             self.folder.checkpoints.save(epoch, state, score=None)
         self.outside.report(numbers)
+
+    def _keep_fault(self, fault: StepFault) -> str:
+        return keep_fault(fault, self.job, self.folder, self.setup.state.objective, self.workers)
 
     def finish(self, tracker: Tracker) -> dict[str, Any]:
         """Write the teacher and the summary."""

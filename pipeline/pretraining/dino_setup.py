@@ -14,8 +14,10 @@ from pipeline.data.multi_crop import MultiCropOptions
 from pipeline.data.sharding import ShardedBatchSampler
 from pipeline.data.unlabelled import preload, random_square, read_unlabelled
 from pipeline.models.backbones import Weights, build_vit, load_weights
+from pipeline.models.checkpoints import PICKLED
 from pipeline.models.dino_network import DINONetwork
 from pipeline.pretraining.dino import DINOObjective, DINOTask
+from pipeline.pretraining.random_states import remember_random_states
 from pipeline.training import schedules
 from pipeline.training.loop import LoopSettings, LoopState
 from pipeline.training.optim import build_optimizer, parameter_groups, scaled_lr
@@ -55,6 +57,7 @@ def set_up(job: PretrainDinoJob, workers: Workers) -> DINOSetup:
     )
     weights = _starting_weights(job)
     objective = build_objective(job, weights).to(workers.device)
+    remember_random_states(objective, job.optim.accumulate)
     kept = preload(images, job.crops.source_side, limit_mib=job.cache_mib)
     loader = train_loader(
         kept,
@@ -71,12 +74,7 @@ def set_up(job: PretrainDinoJob, workers: Workers) -> DINOSetup:
         objective=objective,
         loader=loader,
         views=views,
-        teacher_temp=partial(
-            schedules.teacher_temperature,
-            start=job.dino.warmup_teacher_temp,
-            end=job.dino.teacher_temp,
-            warmup_epochs=job.dino.warmup_teacher_temp_epochs,
-        ),
+        teacher_temp=partial(teacher_temp_at, job),
         teacher_momentum=partial(
             schedules.cosine, start=job.dino.teacher_momentum, end=1.0, total_steps=total_steps
         ),
@@ -122,10 +120,20 @@ def build_objective(job: PretrainDinoJob, weights: Weights | None) -> DINOObject
     return objective
 
 
+def teacher_temp_at(job: PretrainDinoJob, epoch: int) -> float:
+    """The temperature of the teacher's softmax in an epoch, from 0."""
+    return schedules.teacher_temperature(
+        epoch,
+        start=job.dino.warmup_teacher_temp,
+        end=job.dino.teacher_temp,
+        warmup_epochs=job.dino.warmup_teacher_temp_epochs,
+    )
+
+
 def _starting_weights(job: PretrainDinoJob) -> Weights | None:
     if job.init is None:
         return None
-    is_file = os.path.exists(job.init)
+    is_file = os.sep in job.init or job.init.endswith((".safetensors", *PICKLED))
     return load_weights(job.model.name if is_file else job.init, job.init if is_file else None)
 
 

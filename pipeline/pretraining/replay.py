@@ -6,12 +6,13 @@ Each part runs twice, forward and backward: as in training, and in evaluation mo
 random. In training mode dropout and stochastic depth are those of the step, if it is replayed on
 the kind of device it was trained on; else others, which is said. Other precisions, kernels and
 numbers of threads move the last digits. Not replayed: batch statistics over several workers (here
-each has its own), the loss scaling of fp16, and what only other workers saw: they kept a file of
-their own if their losses were not finite. The running statistics of batch norm, which evaluation
-mode uses, are those after the step: its passes had moved them.
+each has its own), the loss scaling of fp16, torch.compile (its kernels draw other random numbers),
+and what only other workers saw: they kept a file of their own if their losses were not finite. The
+running statistics of batch norm, which evaluation mode uses, are those after the step: its passes
+had moved them.
 
 The data set is not needed. To tell more about a pass: a field of ``Pass``, filled in
-``replay_part``. To keep more of a step: step_fault.py.
+``replay_part``. To keep more of a step: step_fault.py. Another kind of job: replayed_kinds.py.
 """
 
 import argparse
@@ -25,13 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError, PatchseedError, TrainingDiverged, WeightsError
-from pipeline.pretraining.classifier_setup import (
-    build_objective,
-    lambda_at,
-    suitable_patch_size,
-)
-from pipeline.pretraining.step_fault import KeptPart, KeptStep, load_step
-from pipeline.pretraining.supervised import SupervisedObjective
+from pipeline.pretraining.step_fault import KeptPart, KeptStep, load_step, mapped
 from pipeline.storage import Location, one_line, without_secrets
 from pipeline.training.loop import AUTOCAST, seed_epoch
 
@@ -41,24 +36,14 @@ __all__ = ["Pass", "main", "rebuild", "replay", "replay_part"]
 _MOST_PARTS, _MOST_NAMES = 2, 3
 
 
-def rebuild(step: KeptStep) -> SupervisedObjective:
-    """The network and its heads, on the CPU, with the weights from before the step.
+def rebuild(step: KeptStep) -> nn.Module:
+    """The objective, on the CPU, with the weights from before the step.
 
     Raises:
         ConfigError: this version cannot build the job's network.
         WeightsError: it builds another one.
     """
-    # Batch statistics over all workers exist only where there are several: here each has its own.
-    alone = step.job.model.model_copy(update={"sync_batch_norm": False})
-    job = step.job.model_copy(update={"model": alone})
-    images_B3HW, targets_BK, _ = step.parts[0].inputs
-    num_classes, image_size = targets_BK.shape[1], images_B3HW.shape[-1]
-    objective = build_objective(
-        job,
-        num_classes=num_classes,
-        image_size=image_size,
-        patch_size=suitable_patch_size(job, num_classes, image_size),
-    )
+    objective = step.kind.build(step.job, step.parts[0].inputs)
     try:
         objective.load_state_dict(step.objective)
     except RuntimeError as fault:
@@ -92,34 +77,30 @@ class Pass:
 
 
 def replay_part(
-    step: KeptStep, number: int, objective: SupervisedObjective, precision: str, *, training: bool
+    step: KeptStep, number: int, objective: nn.Module, precision: str, *, training: bool
 ) -> Pass:
     """Forward and backward of a part, on the device of ``objective``; no weight moves."""
     device = next(objective.parameters()).device
     part = step.parts[number]
-    images_B3HW, targets_BK, pairs = part.inputs
-    inputs = (
-        images_B3HW.to(device), targets_BK.to(device), tuple(one.to(device) for one in pairs)
-    )  # fmt: skip
+    inputs = step.kind.inputs(*mapped(part.inputs, lambda kept: kept.to(device)))
     # A pass moves the running statistics of batch norm, and may spoil them.
     objective.load_state_dict(step.objective)
     _set_random_state(step, part, device)
     objective.train(training)
     objective.zero_grad(set_to_none=True)
     watch = _Watch(objective)
-    kind = AUTOCAST[precision]
+    dtype = AUTOCAST[precision]
     try:
-        with torch.autocast(device.type, dtype=kind, enabled=kind is not None):
-            found: dict[str, Tensor] = objective(*inputs)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            found = step.kind.losses(objective, inputs, step.job, step.epoch)
     finally:
         watch.end()
-    loss = found["cross_entropy"]
-    if "drloc" in found:
-        loss = loss + found["drloc"] * lambda_at(step.job, step.epoch)
-    (loss * part.share).backward()  # type: ignore[no-untyped-call]
+    loss = torch.stack([*found.terms.values()]).sum() * (part.num_images / part.num_global)
+    loss.backward()  # type: ignore[no-untyped-call]
     gradients = {name: one.grad for name, one in objective.named_parameters() if one.requires_grad}
     bad = [name for name, gradient in gradients.items() if not math.isfinite(_largest(gradient))]
-    losses = {name: float(value.detach()) for name, value in found.items()}
+    told = {**found.terms, **found.values}
+    losses = {name: float(value.detach()) for name, value in told.items()}
     return Pass(losses, watch.first_bad, watch.around(), bad[::-1], len(gradients))
 
 
@@ -231,10 +212,9 @@ def _told_of_step(step: KeptStep) -> list[str]:
     bad = [name for name, value in reach.items() if not math.isfinite(value)]
     largest = max((name for name in reach if name not in bad), key=reach.__getitem__, default="")
     extreme = f"; largest |weight| {reach[largest]:.3g} in {largest}" if largest else ""
-    weight = lambda_at(step.job, step.epoch)
     return [
         f"step {step.step} (epoch {step.epoch + 1}) of worker {step.rank} of {step.num_workers}: "
-        f"{step.job.model.name} on {step.job.data.name}, lambda {weight:g}",
+        + step.kind.described(step.job, step.epoch),
         f"trained on {step.device} in {step.job.precision} with torch {step.torch}",
         f"weights before it: {_counted(bad, len(reach))}{extreme}",
     ]
@@ -242,10 +222,15 @@ def _told_of_step(step: KeptStep) -> list[str]:
 
 def _told_of_part(step: KeptStep, number: int, passes: Mapping[str, Pass]) -> list[str]:
     part = step.parts[number]
-    images_B3HW, targets_BK, _ = part.inputs
+    # Of each field, but of those without floats (pairs of positions).
+    reach = " ".join(
+        f"{name}={_largest(value):.3g}"
+        for name, value in part.inputs._asdict().items()
+        if any(True for _ in _tensors(value))
+    )
     lines = [
-        f"part {number + 1} of {len(step.parts)}: {len(images_B3HW)} images, largest |input| "
-        f"{_largest(images_B3HW):.3g}, largest target {_largest(targets_BK):.3g}",
+        f"part {number + 1} of {len(step.parts)}: {part.num_images} images, largest |input| of "
+        f"{reach}",
         f"  then: {_numbers(part.losses)}",
     ]
     found: list[tuple[str | None, list[str]]] = []

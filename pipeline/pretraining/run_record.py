@@ -63,6 +63,7 @@ class RunRecord:
         lines = "".join(json.dumps(one) + "\n" for one in self.history)
         try:
             self.folder.place.child("history.jsonl").write_bytes(lines.encode())
+            _remember_run(self.tracker, self.folder)
         except StorageError as fault:
             _LOG.warning("the history of epoch %d is not written: %s", epoch + 1, fault)
         self.tell(f"epoch {epoch + 1}/{self.num_epochs} {self._shown()}")
@@ -109,10 +110,18 @@ def open_tracker(
         spool=spool,
         run_id=known.get("run_id") if same else None,
     )
-    run_id = tracker.wait_for_run_id()
-    if run_id is not None and run_id != known.get("run_id"):
-        folder.write_json("tracking.json", {**place, "run_id": run_id})
+    if not same:
+        folder.write_json("tracking.json", {**place, "run_id": None})
+    tracker.wait_for_run_id()
+    _remember_run(tracker, folder)
     return tracker
+
+
+def _remember_run(tracker: Tracker, folder: RunFolder) -> None:
+    """Note the MLflow run in the folder once the server, which may be slow, has given its id."""
+    known = folder.read_json("tracking.json")
+    if known is not None and tracker.run_id not in (None, known["run_id"]):
+        folder.write_json("tracking.json", {**known, "run_id": tracker.run_id})
 
 
 def log_results(tracker: Tracker, summary: Mapping[str, Any], figures: Mapping[str, bytes]) -> None:

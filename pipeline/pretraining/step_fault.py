@@ -1,70 +1,41 @@
 """A step that diverged, kept with all that it was computed from (replay.py computes it again).
 
-What is kept: the images after augmentation, the mixed labels, the pairs, all weights and buffers,
-the job's settings, and, where ``remember_random_states`` was called, torch's random states before
-each forward pass. Tensors and plain values alone: loading such a file runs nothing.
+What is kept: what each part was computed from (the images after augmentation, the mixed labels and
+the pairs; or the crops), all weights and buffers, the job's settings, and, where
+``remember_random_states`` was called, torch's random states before each forward pass. Tensors and
+plain values alone: loading such a file runs nothing.
 
 To keep more: a key in ``_content`` or ``_plain``, a field of ``KeptStep`` or ``KeptPart``, and
-another ``_VERSION`` if old files cannot do without it.
+another ``_VERSION`` if old files cannot do without it. Another kind of job: replayed_kinds.py.
 """
 
 import io
 import math
 import pickle
 import shlex
-from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from pipeline.config import TrainClassifierJob
+from pipeline.config import TrainingJob
 from pipeline.errors import StorageError, WeightsError
+from pipeline.pretraining.random_states import RandomState, remembered
+from pipeline.pretraining.replayed_kinds import KINDS, Kind, kind_of
 from pipeline.pretraining.run_folder import RunFolder
-from pipeline.pretraining.supervised import Inputs
 from pipeline.storage import Location, one_line
 from pipeline.training.loop import Part, StepFault
 from pipeline.training.workers import Workers
 
-_VERSION = 1
-
-
-class RandomState(NamedTuple):
-    """Torch's global generators before a forward pass: of the CPU, and of the GPU in use."""
-
-    cpu: Tensor
-    gpu: Tensor | None
-
-
-class _Remember:
-    """A forward hook that keeps the random states before the last few passes in training mode."""
-
-    def __init__(self, num_parts: int) -> None:
-        self.states: deque[RandomState] = deque(maxlen=num_parts)
-
-    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if module.training:
-            self.states.append(_random_state(inputs[0].device))
-
-
-def remember_random_states(objective: nn.Module, num_parts: int) -> None:
-    """Have each training pass of ``objective`` note the random states it starts from.
-
-    Costs microseconds and a few KiB a pass; without it a step with dropout replays with another.
-
-    Args:
-        objective: What the loop calls once for every part.
-        num_parts: Parts of a step: so many states are kept.
-    """
-    objective.register_forward_pre_hook(_Remember(num_parts))
+_VERSION = 2
 
 
 def keep_fault(
     fault: StepFault,
-    job: TrainClassifierJob,
+    job: TrainingJob,
     folder: RunFolder,
     objective: nn.Module,
     workers: Workers,
@@ -89,12 +60,13 @@ def keep_fault(
 
 
 def _content(
-    fault: StepFault, job: TrainClassifierJob, objective: nn.Module, workers: Workers
+    fault: StepFault, job: TrainingJob, objective: nn.Module, workers: Workers
 ) -> dict[str, Any]:
     """Tensors and plain values alone, so that they load without running anything."""
-    states = _remembered(objective)[-len(fault.parts) :]
+    states = remembered(objective)[-len(fault.parts) :]
     return {
         "version": _VERSION,
+        "kind": kind_of(job),
         "config": job.model_dump_json(),
         "epoch": fault.key.epoch,
         "step": fault.key.step,
@@ -111,11 +83,8 @@ def _content(
 
 
 def _plain(part: Part, losses: Mapping[str, float], state: RandomState | None) -> dict[str, Any]:
-    inputs: Inputs = part.inputs
     return {
-        "images_B3HW": inputs.images_B3HW.detach(),
-        "targets_BK": inputs.targets_BK.detach(),
-        "pairs": [pairs_BM22.detach() for pairs_BM22 in inputs.pairs],
+        "inputs": mapped(part.inputs, Tensor.detach),
         "num_images": part.num_images,
         "num_global": part.num_global,
         "losses": dict(losses),
@@ -123,14 +92,13 @@ def _plain(part: Part, losses: Mapping[str, float], state: RandomState | None) -
     }
 
 
-def _random_state(device: torch.device) -> RandomState:
-    gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return RandomState(torch.get_rng_state(), gpu)
-
-
-def _remembered(objective: nn.Module) -> list[RandomState]:
-    hooks = objective._forward_pre_hooks.values()
-    return [state for hook in hooks if isinstance(hook, _Remember) for state in hook.states]
+def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """``value`` with its tensors changed; of lists and tuples, also named ones, plain tuples."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, list | tuple):
+        return tuple(mapped(one, change) for one in value)
+    return value
 
 
 def _cause(fault: BaseException) -> BaseException:
@@ -146,10 +114,11 @@ def _cause(fault: BaseException) -> BaseException:
 class KeptPart:
     """A part of the step: what it was computed from, and what came out then."""
 
-    inputs: Inputs
-    share: float
-    """Of the global batch."""
+    inputs: Any
+    """As the kind's task made them."""
 
+    num_images: int
+    num_global: int
     losses: dict[str, float]
     random: RandomState | None
 
@@ -158,7 +127,8 @@ class KeptPart:
 class KeptStep:
     """What lies in a file that ``keep_fault`` wrote, tensors on the CPU."""
 
-    job: TrainClassifierJob
+    kind: Kind
+    job: TrainingJob
     epoch: int
     step: int
     rank: int
@@ -196,15 +166,19 @@ def load_step(place: Location) -> KeptStep:
 
 
 def _as_step(kept: Mapping[str, Any]) -> KeptStep:
+    if kept["kind"] not in KINDS:
+        raise ValueError(f"kind {kept['kind']}, this code replays {' and '.join(KINDS)}")
+    kind = KINDS[kept["kind"]]
     parts = [
         KeptPart(
-            Inputs(part["images_B3HW"], part["targets_BK"], tuple(part["pairs"])),
-            part["num_images"] / part["num_global"],
+            kind.inputs(*part["inputs"]),
+            part["num_images"],
+            part["num_global"],
             part["losses"],
             None if part["random"] is None else RandomState(*part["random"]),
         )
         for part in kept["parts"]
     ]
     same = ("epoch", "step", "rank", "num_workers", "device", "torch", "objective")
-    job = TrainClassifierJob.model_validate_json(kept["config"])
-    return KeptStep(job=job, parts=parts, **{name: kept[name] for name in same})
+    job = kind.job.model_validate_json(kept["config"])
+    return KeptStep(kind=kind, job=job, parts=parts, **{name: kept[name] for name in same})

@@ -7,7 +7,7 @@ initialised apart, and at lambda 0 neither exists. The pairs are drawn for the w
 and each worker takes its share, so the number of workers does not change what is asked.
 
 To add another term beside the labels: compute it in ``SupervisedObjective.forward`` and give it a
-name in ``SupervisedTask.losses``.
+name in ``losses_of``.
 
 Shape letters:  B images   H, W pixels   K classes   M pairs per image
 """
@@ -57,6 +57,22 @@ class SupervisedObjective(nn.Module):
         if self.drloc is not None:
             found["drloc"], found["drloc_error_cells"] = self.drloc(grids, pairs)
         return found
+
+
+def losses_of(found: Mapping[str, Tensor], drloc_weight: float) -> Losses:
+    """The terms that add up to the loss, of what ``SupervisedObjective`` gives."""
+    if "drloc" not in found:
+        return Losses({"cross_entropy": found["cross_entropy"]})
+    return Losses(
+        terms={
+            "cross_entropy": found["cross_entropy"],
+            "drloc_weighted": found["drloc"] * drloc_weight,
+        },
+        values={
+            "drloc": found["drloc"].detach(),
+            "drloc_error_cells": found["drloc_error_cells"].detach(),
+        },
+    )
 
 
 @dataclass
@@ -117,19 +133,7 @@ class SupervisedTask:
         return tuple(pairs_BM22[mine] for pairs_BM22 in drawn)
 
     def losses(self, network: nn.Module, part: Part) -> Losses:
-        found: dict[str, Tensor] = network(*part.inputs)
-        if "drloc" not in found:
-            return Losses({"cross_entropy": found["cross_entropy"]})
-        return Losses(
-            terms={
-                "cross_entropy": found["cross_entropy"],
-                "drloc_weighted": found["drloc"] * self.drloc_weight(self._epoch),
-            },
-            values={
-                "drloc": found["drloc"].detach(),
-                "drloc_error_cells": found["drloc_error_cells"].detach(),
-            },
-        )
+        return losses_of(network(*part.inputs), self.drloc_weight(self._epoch))
 
     def constants(self, epoch: int) -> Mapping[str, float]:
         return {"drloc/weight": self.drloc_weight(epoch)} if self.objective.drloc else {}

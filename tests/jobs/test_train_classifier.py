@@ -2,16 +2,13 @@
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.conftest import ROOT
 from tests.jobs import training
-from tests.jobs.conftest import kill, processes_below, wait_for
+from tests.jobs.conftest import kill, wait_for
 
 # Float tolerance: a resumed run repeats the same sums, two workers add them in another order.
 SAME = 1e-6
@@ -81,11 +78,7 @@ def test_a_killed_ray_worker_is_replaced_and_the_weights_are_the_same(
     output = tmp_path / "worker"
     process = training.start(pictures, output, "--num-workers", "1")
     wait_for(lambda: training.epochs_done(output) >= 2, process)
-    workers = [
-        one for one in processes_below(process) if "RayTrainWorker" in " ".join(one.cmdline())
-    ]
-    assert len(workers) == 1
-    workers[0].send_signal(signal.SIGKILL)
+    training.kill_ray_worker(process)
     assert training.epochs_done(output) < 6
     assert process.wait(timeout=300) == 0, output.with_suffix(".log").read_text()
     assert "going on after epoch" in output.with_suffix(".log").read_text()
@@ -108,17 +101,7 @@ def test_two_ray_workers_train_the_weights_of_one(pictures: Path, tmp_path: Path
 def test_torchrun_trains_the_weights_of_one_process(pictures: Path, tmp_path: Path) -> None:
     flags = ("--model.drop-path", "0", "--num-workers", "0")
     assert training.run(pictures, tmp_path / "alone", *flags).returncode == 0
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    script = training.command(pictures, tmp_path / "two", *flags)[1:]
-    done = subprocess.run(
-        [*torchrun, "--nproc-per-node", "2", *script],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        env=training.environment(),
-        timeout=200,
-    )
+    done = training.finish(training.torchrun(training.command(pictures, tmp_path / "two", *flags)))
     assert done.returncode == 0, done.stderr
     assert training.weights_apart(tmp_path / "alone", tmp_path / "two") <= REORDERED
 

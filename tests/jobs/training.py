@@ -1,8 +1,10 @@
-"""Small runs of train_classifier, as processes, for tests that stop and compare them."""
+"""Small runs of the training jobs, as processes, for tests that stop and compare them."""
 
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from PIL import Image
 from pipeline.storage import Location
 from pipeline.training.checkpoints import CheckpointStore
 from tests.conftest import ROOT
+from tests.jobs.conftest import processes_below
 
 NARROW = "{embed_dim: 16, depths: [1, 1], num_heads: [1, 2], window_size: 4}"
 
@@ -31,8 +34,20 @@ def write_classes(folder: Path, num_train: int = 48, num_test: int = 6) -> Path:
     return folder
 
 
+def write_shapes(folder: Path, count: int) -> Path:
+    """Pictures of 64 px: a rectangle of one colour on darker noise."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    for number in range(count):
+        pixels = rng.integers(0, 120, (64, 64, 3), dtype=np.uint8)
+        (x, y), (width, height) = rng.integers(2, 28, 2), rng.integers(16, 34, 2)
+        pixels[y : y + height, x : x + width] = rng.integers(0, 256, 3)
+        Image.fromarray(pixels).save(folder / f"{number:03d}.png")
+    return folder
+
+
 def command(data: Path, output: Path, *flags: str) -> list[str]:
-    """A run of 6 epochs of 8 steps, seconds long, with all that is random turned on."""
+    """A classifier's run of 6 epochs of 8 steps, seconds long, all that is random turned on."""
     return [
         sys.executable,
         "jobs/train_classifier.py",
@@ -46,15 +61,34 @@ def command(data: Path, output: Path, *flags: str) -> list[str]:
     ]
 
 
+def pretraining(images: Path, output: Path, *flags: str) -> list[str]:
+    """A DINO run of 4 epochs, with a teacher that moves and a tenth of the preset's work."""
+    return [
+        *(sys.executable, "jobs/pretrain_dino.py", "--preset", "nano"),
+        *("--images", str(images), "--output", str(output), "--num-workers", "0"),
+        *("--epochs", "4", "--batch-size", "16", "--crops.num-local", "2"),
+        *("--dino.out-dim", "64", "--dino.hidden-dim", "64", "--dino.bottleneck-dim", "32"),
+        *("--dino.teacher-momentum", "0.9", "--optim.lr", "0.002", "--optim.warmup-epochs", "1"),
+        *("--loader-workers", "0", "--tracking-uri", "off", "--gradient-norm-steps", "3"),
+        *flags,
+    ]
+
+
+def torchrun(one_process: Sequence[str]) -> list[str]:
+    """The same command as two processes of torchrun's."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return [one_process[0], *launcher, *one_process[1:]]
+
+
 def environment(**more: str) -> dict[str, str]:
     """One thread each, so that sums come in one order."""
     return {**os.environ, "OMP_NUM_THREADS": "1", **more}
 
 
-def run(data: Path, output: Path, *flags: str, **env: str) -> "subprocess.CompletedProcess[str]":
-    """Train to the end."""
+def finish(line: Sequence[str], **env: str) -> "subprocess.CompletedProcess[str]":
+    """Run a command to its end."""
     return subprocess.run(
-        command(data, output, *flags),
+        line,
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -64,17 +98,34 @@ def run(data: Path, output: Path, *flags: str, **env: str) -> "subprocess.Comple
     )
 
 
-def start(data: Path, output: Path, *flags: str) -> "subprocess.Popen[str]":
-    """Begin to train; the lines go to OUTPUT.log."""
-    with output.with_suffix(".log").open("a") as log:
+def begin(line: Sequence[str], log_file: Path) -> "subprocess.Popen[str]":
+    """Start a command; what it tells goes to the file."""
+    with log_file.open("a") as log:
         return subprocess.Popen(
-            command(data, output, *flags),
+            line,
             cwd=ROOT,
             stdout=log,
             stderr=log,
             text=True,
             env=environment(),
         )
+
+
+def run(data: Path, output: Path, *flags: str, **env: str) -> "subprocess.CompletedProcess[str]":
+    """Train a classifier to the end."""
+    return finish(command(data, output, *flags), **env)
+
+
+def start(data: Path, output: Path, *flags: str) -> "subprocess.Popen[str]":
+    """Begin to train a classifier; the lines go to OUTPUT.log."""
+    return begin(command(data, output, *flags), output.with_suffix(".log"))
+
+
+def kill_ray_worker(process: "subprocess.Popen[str]") -> None:
+    """SIGKILL the one Ray worker that trains for the job."""
+    below = [(one, " ".join(one.cmdline())) for one in processes_below(process)]
+    (worker,) = (one for one, line in below if "RayTrainWorker" in line)
+    worker.send_signal(signal.SIGKILL)
 
 
 def run_folder(output: Path) -> Path:
@@ -95,7 +146,7 @@ def final_weights(output: Path) -> dict[str, torch.Tensor]:
     latest = store.latest()
     assert latest is not None
     loop: dict[str, Any] = latest.state["loop"]
-    average = {f"average.{name}": tensor for name, tensor in loop["average"].items()}
+    average = {f"average.{name}": tensor for name, tensor in (loop["average"] or {}).items()}
     return {**loop["objective"], **average}
 
 

@@ -16,9 +16,10 @@ from torch import nn
 from pipeline.config import TrainClassifierJob
 from pipeline.errors import ConfigError, StorageError, TrainingDiverged, WeightsError
 from pipeline.pretraining.classifier_setup import set_up
+from pipeline.pretraining.random_states import remember_random_states
 from pipeline.pretraining.replay import main, rebuild, replay, replay_part
 from pipeline.pretraining.run_folder import RunFolder
-from pipeline.pretraining.step_fault import keep_fault, load_step, remember_random_states
+from pipeline.pretraining.step_fault import keep_fault, load_step
 from pipeline.storage import Location
 from pipeline.training.loop import Hooks, Part, StepFault, StepKey, train
 from pipeline.training.workers import Workers
@@ -273,11 +274,13 @@ def test_what_is_no_kept_step_is_refused_in_one_line(
     files = {"empty.pt": b"", "text.pt": b"no pickle"}
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
-    torch.save({"version": 1}, tmp_path / "half.pt")
+    torch.save({"version": 2}, tmp_path / "half.pt")
     torch.save({"version": 99}, tmp_path / "newer.pt")
+    torch.save({"version": 1}, tmp_path / "older.pt")
+    torch.save({"version": 2, "kind": "detector"}, tmp_path / "stranger.pt")
     torch.save([1], tmp_path / "list.pt")
-    torch.save({"version": 1, "x": nn.Linear(1, 1)}, tmp_path / "code.pt")
-    for name in (*files, "half.pt", "newer.pt", "list.pt", "code.pt"):
+    torch.save({"version": 2, "x": nn.Linear(1, 1)}, tmp_path / "code.pt")
+    for name in ("half.pt", "newer.pt", "older.pt", "stranger.pt", "list.pt", "code.pt", *files):
         assert main([str(tmp_path / name)]) == WeightsError.exit_code
         told = capsys.readouterr().err
         assert told.count("\n") == 1
