@@ -44,7 +44,7 @@ class Scripted(Detector):
         self.boxes, self.scores, self.room = torch.tensor(boxes), torch.tensor(scores), room
         self.shown: list[tuple[int, ...]] = []
 
-    def forward(self, images: list[torch.Tensor], targets: Any = None) -> Any:
+    def forward(self, images: list[torch.Tensor], targets: Any = None, canvas: Any = None) -> Any:
         self.shown.append((len(images), *images[0].shape[1:]))
         if len(images) > self.room:
             raise torch.OutOfMemoryError("CUDA out of memory")

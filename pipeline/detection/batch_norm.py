@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.training.workers import current_workers
 
-DetectorBatch: TypeAlias = tuple[list[Tensor], list[dict[str, Tensor]]]
+DetectorBatch: TypeAlias = tuple[Any, ...]
 """Images and their targets, as ``Detector.forward`` takes them."""
 
 _Norm: TypeAlias = nn.BatchNorm2d | nn.SyncBatchNorm
@@ -79,7 +79,7 @@ def precise_bn(detector: nn.Module, batches: Iterable[DetectorBatch], num_batche
 
     Args:
         detector: called in training mode without gradient; nothing else of it changes.
-        batches: images and targets as it is trained on, on its device.
+        batches: what it is called with in training, on its device.
         num_batches: of each worker at most.
 
     Returns:
@@ -95,8 +95,8 @@ def precise_bn(detector: nn.Module, batches: Iterable[DetectorBatch], num_batche
     }
     num_used = 0
     with _measuring(detector, norms), torch.no_grad():
-        for images, targets in islice(batches, num_batches):
-            detector(images, targets)
+        for inputs in islice(batches, num_batches):
+            detector(*inputs)
             num_used += 1
     workers = current_workers(next(detector.parameters()).device)
     total = int(workers.totals({"batches": num_used})["batches"])

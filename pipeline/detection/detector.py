@@ -41,6 +41,7 @@ class Detector(GeneralizedRCNN):  # type: ignore[misc]
         self,
         images: list[Tensor],
         targets: list[dict[str, Tensor]] | None = None,
+        canvas: tuple[int, int] | None = None,
     ) -> Any:
         """Losses by name, scalars, in training; else each image's detections.
 
@@ -54,12 +55,15 @@ class Detector(GeneralizedRCNN):  # type: ignore[misc]
                 int64 from 1; N may be 0. With ``weight_by_score`` ``scores`` ``(N,)`` in [0, 1].
                 A ``key``, one int64, decides what is drawn at random of this image; without it
                 torch's global generator does.
+            canvas: height and width that the images are padded to at least: those of the largest
+                ones of all workers; None pads to the largest here.
 
         Returns:
             ``loss_objectness``, ``loss_rpn_box_reg``, ``loss_classifier``, ``loss_box_reg``; or a
             list of ``boxes`` in the pixels of the image given, ``scores`` (descending) and
             ``labels``.
         """
+        self.transform.canvas = canvas
         # Targets have no part in detections; torchvision would hand them on.
         return super().forward(images, targets if self.training else None)
 
@@ -205,8 +209,15 @@ class _Normalise(GeneralizedRCNNTransform):  # type: ignore[misc]
     def __init__(self, size_divisible: int) -> None:
         # The sizes are those of a resize that does not take place.
         super().__init__(1, 1, _MEAN, _DEVIATION, size_divisible=size_divisible)
+        self.canvas: tuple[int, int] | None = None
 
     def resize(
         self, image: Tensor, target: dict[str, Tensor] | None = None
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
         return image, target
+
+    def max_by_axis(self, the_list: list[list[int]]) -> list[int]:
+        """The shape of the batch's images, before it is made divisible."""
+        canvas = [] if self.canvas is None else [[3, *self.canvas]]
+        largest: list[int] = super().max_by_axis([*the_list, *canvas])
+        return largest

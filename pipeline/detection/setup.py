@@ -21,7 +21,7 @@ from pipeline.detection.batch_norm import fused
 from pipeline.detection.detector import Detector, build_detector, default_options, initialise
 from pipeline.detection.exported_detector import CONFIG, read_detector
 from pipeline.detection.options import DetectorOptions
-from pipeline.detection.task import DetectionTask, Inputs, inputs_of
+from pipeline.detection.task import DetectionTask, Inputs, canvas_of, inputs_of
 from pipeline.errors import WeightsError
 from pipeline.models.backbones import load_classifier_weights
 from pipeline.models.checkpoints import file_sha256, read_state_dict
@@ -54,7 +54,8 @@ class DetectorSetup:
         assert self.measured is not None
         self.measured.set_epoch(0)
         for batch in self.measured:
-            yield inputs_of(batch.samples, self.task.device)
+            samples, workers = batch.samples, self.task.workers
+            yield inputs_of(samples, canvas_of(samples, workers), workers.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +91,7 @@ def set_up(job: TrainDetectorJob, workers: Workers) -> DetectorSetup:
     scaler = torch.amp.GradScaler(workers.device.type, enabled=job.precision == "fp16")
     return DetectorSetup(
         table=table,
-        task=DetectionTask(detector, loader, workers.device, job.optim.accumulate),
+        task=DetectionTask(detector, loader, workers, job.optim.accumulate),
         state=LoopState(detector, optimizer, None, scaler),
         settings=_loop_settings(job),
         start=start,

@@ -17,9 +17,14 @@ from pipeline.data.box_batches import BoxBatch, BoxLoader
 from pipeline.data.box_samples import BoxSample
 from pipeline.detection.detector import Detector
 from pipeline.training.loop import Losses, Part, StepKey
+from pipeline.training.workers import Workers
 
-Inputs = tuple[list[Tensor], list[dict[str, Tensor]]]
-"""Images ``(3, H, W)`` in [0, 1], and their targets, as ``Detector.forward`` takes them."""
+Canvas = tuple[int, int]
+"""Height and width."""
+
+Inputs = tuple[list[Tensor], list[dict[str, Tensor]], Canvas]
+"""Images ``(3, H, W)`` in [0, 1], their targets, and what they are padded to at least, as
+``Detector.forward`` takes them."""
 
 
 @dataclass
@@ -28,7 +33,7 @@ class DetectionTask:
 
     objective: Detector
     loader: BoxLoader
-    device: torch.device
+    workers: Workers
     accumulate: int = 1
 
     @property
@@ -42,10 +47,15 @@ class DetectionTask:
     def parts(self, batch: BoxBatch, key: StepKey) -> Sequence[Part]:
         """This worker's images, cut into parts."""
         samples = batch.samples
+        canvas = canvas_of(samples, self.workers)
         count = min(self.accumulate, len(samples))
         cuts = [len(samples) * number // count for number in range(count + 1)]
         return [
-            Part(inputs_of(samples[start:end], self.device), end - start, batch.num_global)
+            Part(
+                inputs_of(samples[start:end], canvas, self.workers.device),
+                end - start,
+                batch.num_global,
+            )
             for start, end in pairwise(cuts)
         ]
 
@@ -57,7 +67,17 @@ class DetectionTask:
         return {}
 
 
-def inputs_of(samples: Sequence[BoxSample], device: torch.device) -> Inputs:
+def canvas_of(samples: Sequence[BoxSample], workers: Workers) -> Canvas:
+    """The sides of the largest images of the global batch.
+
+    Norms see the padding, so every worker, and every part, must pad alike.
+    """
+    sides = [[sample.image_3HW.shape[axis] for sample in samples] for axis in (1, 2)]
+    height, width = workers.largest([max(side, default=0) for side in sides])
+    return height, width
+
+
+def inputs_of(samples: Sequence[BoxSample], canvas: Canvas, device: torch.device) -> Inputs:
     """The samples as the detector takes them, on the device."""
 
     def moved(tensor: Tensor) -> Tensor:
@@ -74,4 +94,4 @@ def inputs_of(samples: Sequence[BoxSample], device: torch.device) -> Inputs:
         }
         for sample in samples
     ]
-    return images, targets
+    return images, targets, canvas

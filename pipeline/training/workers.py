@@ -4,7 +4,7 @@ The group is whoever started it: nobody (a notebook, ``--num-workers 0``), torch
 The loop asks here and never there.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,14 @@ class Workers:
             value = value.to(self.device, copy=True)
             dist.all_reduce(value)
         return value
+
+    def largest(self, values: Sequence[int]) -> list[int]:
+        """The largest of each value over all workers, on each of them."""
+        if self.size == 1:
+            return list(values)
+        box = torch.tensor(values, device=self.device)
+        dist.all_reduce(box, dist.ReduceOp.MAX)
+        return [int(value) for value in box.tolist()]
 
     def totals(self, values: Mapping[str, float]) -> dict[str, float]:
         """The sums of several numbers, in one exchange; all workers give the same names."""

@@ -65,7 +65,8 @@ def uninterrupted(watched_command: list[str]) -> Path:
 
 
 def detector(output: Path) -> dict[str, torch.Tensor]:
-    return load_detector(str(output)).detector.state_dict()
+    state: dict[str, torch.Tensor] = load_detector(str(output)).detector.state_dict()
+    return state
 
 
 def apart(one: Path, other: Path) -> float:
