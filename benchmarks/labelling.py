@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from benchmarks.timing import best_seconds, print_table, write_json
 from pipeline.boxes import aligned_iou
 from pipeline.cluster.label_blocks import LabelPlan, label_blocks
+from pipeline.cluster.recipes import PseudoBoxes
 from pipeline.config import BackboneConfig, ComputeConfig, ImagesConfig
 from pipeline.data.label_pass import LabelPass
 from pipeline.data.lake import INPUT_SCHEMA, Collection
@@ -122,7 +123,8 @@ def ray_seconds_per_image(settings: Settings, weights: Weights) -> float:
         sweep.freeze_inputs(iter([inputs]), block_size=ComputeConfig().block_size)
         compute = ComputeConfig(num_actors=settings.threads)
         provenance = Provenance("benchmark", "", weights.sha256)
-        plan = LabelPlan(sweep, backbone, weights, method, provenance, ImagesConfig(), compute)
+        recipe = PseudoBoxes(backbone, weights, method)
+        plan = LabelPlan(sweep, recipe, provenance, ImagesConfig(), compute)
         moments = []
         for receipt in label_blocks(plan, list(range(len(sweep.sizes())))):
             moments.append((time.perf_counter(), receipt.rows))

@@ -1,34 +1,26 @@
-"""Measure boxes against ground truth: CorLoc with its interval, beside two trivial baselines.
+"""Measure boxes against ground truth: CorLoc beside two trivial baselines, AP50, AP and recall.
 
     python jobs/evaluate_boxes.py --labels labels/ --ground-truth VOC2007/Annotations
+    python jobs/evaluate_boxes.py --labels labels/ --ground-truth gt.json --output evaluation/
 
 The labels are a pseudo-label table or a JSON file {file name: [x0, y0, x1, y1]}; the ground truth
-is COCO JSON or Pascal VOC XML. The last line printed is one JSON object with every number.
+is COCO JSON or Pascal VOC XML. CorLoc judges the best box of each image, against all objects; AP
+judges every box, by the rule of --difficult. The last line printed is one JSON object with every
+number.
 """
 
 from pipeline.command_line import run_job
 from pipeline.config import EvaluateJob
 
 
-def evaluate(job: EvaluateJob) -> None:
+def main(job: EvaluateJob) -> None:
     """Print the report, then the same numbers as one line of JSON."""
     import json
 
-    from rich.console import Console
+    from pipeline.evaluate_boxes import evaluate
 
-    from pipeline.evaluation.evaluate import evaluate_boxes
-    from pipeline.evaluation.report import as_json, print_report
-
-    evaluation = evaluate_boxes(
-        job.labels,
-        job.ground_truth,
-        ignore_difficult=job.ignore_difficult,
-        num_resamples=job.num_resamples,
-        seed=job.seed,
-    )
-    print_report(evaluation, Console())
-    print(json.dumps(as_json(evaluation)))
+    print(json.dumps(evaluate(job)))
 
 
 if __name__ == "__main__":
-    run_job(EvaluateJob, evaluate, __doc__)
+    run_job(EvaluateJob, main, __doc__)

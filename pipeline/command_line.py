@@ -7,6 +7,7 @@ the job has presets; flags after them win.
 """
 
 import difflib
+import inspect
 import signal
 import sys
 import traceback
@@ -131,8 +132,13 @@ def _fields_as_dict(info: StructTypeInfo) -> StructConstructorSpec | None:
 
 
 def _own_fields_first(model: type[BaseModel]) -> list[tuple[str, FieldInfo]]:
-    """A job's own flags before those that every job shares, as --help should list them."""
-    return sorted(model.model_fields.items(), key=lambda item: item[0] not in model.__annotations__)
+    """A job's own flags before those that several share, as --help should list them."""
+    owners = [inspect.get_annotations(one) for one in model.__mro__]
+
+    def distance(item: tuple[str, FieldInfo]) -> int:
+        return next(i for i, names in enumerate(owners) if item[0] in names)
+
+    return sorted(model.model_fields.items(), key=distance)
 
 
 def _spelled_out(args: Sequence[str], presets: Presets) -> list[str]:

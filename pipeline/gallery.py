@@ -46,6 +46,11 @@ SHEET_NAME = "contact_sheet.png"
 # On the sheet and in MLflow: more nobody looks at in one go, and memory holds them all.
 _MOST_ON_SHEET = 60
 _IMAGES_AT_ONCE = 8
+# Of an image with many boxes these are drawn: so many at most, this much of the best one's score.
+_MOST_BOXES = 10
+_LEAST_SHARE = 0.5
+# In the manifest of a table that a detector made.
+_DETECTOR = "detector.weights_sha256"
 _COLUMNS = (
     *("image_id", "uri", "status", "width", "height", "boxes", "scores", "method"),
     *("seed_xy", "seed_degree", "area_fraction", "content_sha256"),
@@ -180,6 +185,9 @@ def _map_drawer(manifest: Manifest, checkpoint: str | None) -> MapDrawer | None:
     Raises:
         WeightsError: a checkpoint was asked for and cannot be used.
     """
+    if checkpoint is None and _DETECTOR in manifest.config:
+        # A detector has no seeds and no maps of them.
+        return None
     try:
         return load_map_drawer(manifest, checkpoint)
     except (WeightsError, ConfigError) as fault:
@@ -241,11 +249,7 @@ def _images(rows: Sequence[Row], decoding: ImagesConfig) -> Iterator[tuple[Row, 
 
 def _draw(index: int, row: Row, pixels: Pixels, drawer: MapDrawer | None) -> _Drawn:
     method = METHOD_NAMES.get(row["method"], row["method"])
-    note = "no object was found"
-    if row["status"] == "ok":
-        area = 100 * (row["area_fraction"] or 0)
-        note = f"{area:.0f} % of the image, seed of degree {row['seed_degree']}"
-    panels = [Panel(_boxed(row, pixels, PANEL), f"{method}, as in the table", note)]
+    panels = [Panel(_boxed(row, pixels, PANEL), f"{method}, as in the table", _note(row))]
     if drawer is not None:
         panels += drawer.panels(pixels)
     details = f"{row['width']} x {row['height']} px   {row['uri']}"
@@ -257,17 +261,42 @@ def _draw(index: int, row: Row, pixels: Pixels, drawer: MapDrawer | None) -> _Dr
     )
 
 
+def _note(row: Row) -> str:
+    """What the table says of an image beside its boxes."""
+    if row["status"] != "ok":
+        return "no object was found"
+    if row["seed_degree"] is None:
+        shown, found = len(_best(row["boxes"], row["scores"] or [])[0]), len(row["boxes"])
+        return f"the best {shown} of {found} boxes"
+    area = 100 * (row["area_fraction"] or 0)
+    return f"{area:.0f} % of the image, seed of degree {row['seed_degree']}"
+
+
 def _boxed(row: Row, pixels: Pixels, fit: Size) -> Picture:
     """The image with what the table says of it."""
     # The table is in original pixels; these may have been scaled down for the network.
     scale = pixels.shape[1] / row["width"] if row["width"] else 1.0
-    boxes = [[edge * scale for edge in box] for box in row["boxes"] or ()]
+    boxes, scores = _best(row["boxes"] or [], row["scores"] or [])
     seed = row["seed_xy"]
     finding = Finding(
-        boxes, (seed[0] * scale, seed[1] * scale) if seed else None, row["scores"] or ()
+        [[edge * scale for edge in box] for box in boxes],
+        (seed[0] * scale, seed[1] * scale) if seed else None,
+        scores,
     )
-    colour = METHOD_COLOURS.get(row["method"], METHOD_COLOURS["solost"])
+    family = row["method"].partition("_")[0]
+    colour = METHOD_COLOURS.get(family, METHOD_COLOURS["solost"])
     return draw_box(pixels, finding, colour=colour, fit=fit)
+
+
+def _best(boxes: Sequence[Any], scores: Sequence[float]) -> tuple[list[Any], list[float]]:
+    """What is worth drawing: a detector tells of a hundred boxes, most of them hardly believed."""
+    if len(boxes) != len(scores):
+        return list(boxes), list(scores)
+    order = sorted(range(len(boxes)), key=lambda row: -scores[row])[:_MOST_BOXES]
+    kept = [
+        row for row in order if row == order[0] or scores[row] >= _LEAST_SHARE * scores[order[0]]
+    ]
+    return [boxes[row] for row in kept], [scores[row] for row in kept]
 
 
 def _caption(row: Row) -> str:
@@ -277,7 +306,8 @@ def _caption(row: Row) -> str:
 def _recipe(manifest: Manifest) -> str:
     """What the table was made with, in a few words."""
     config = manifest.config
-    rule = METHOD_NAMES.get(str(config.get("localization.rule")), "boxes")
+    detected = METHOD_NAMES["cad"] if _DETECTOR in config else "boxes"
+    rule = METHOD_NAMES.get(str(config.get("localization.rule")), detected)
     backbone = config.get("backbone.name")
     if backbone is None or backbone in CNNS:
         return f"{rule} on {backbone}" if backbone else rule

@@ -5,11 +5,8 @@ Knows no Ray: a notebook can call ``PseudoBoxLabeller`` on a table of ``data.pix
 Shape letters:  B images   H, W rows and columns   D channels
 """
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any, Literal
 
 import numpy as np
@@ -18,8 +15,16 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.boxes import area
-from pipeline.data.pixels import pixels_of_row
-from pipeline.data.pseudo_labels import SCHEMA
+from pipeline.data.label_rows import (
+    Image,
+    Outcome,
+    Provenance,
+    decoded_images,
+    label_rows,
+    no_object,
+    rows_in_groups,
+    too_large,
+)
 from pipeline.localization.affinity import Similarity
 from pipeline.localization.localize import Localization, localize
 from pipeline.localization.seed_expansion import Rule
@@ -30,14 +35,14 @@ from pipeline.models.features import (
     normalize_and_pad,
     padded_size,
 )
+from pipeline.models.inference import Precision, as_fits, in_precision
+
+__all__ = ["BATCH_SIZES", "NOTHING_FOUND", "Image", "Method", "Provenance", "PseudoBoxLabeller"]
 
 OBJECT_LABEL = 1
 # More than four 500 x 375 images' activations leave a CPU's caches: 15 % slower (docs/log.md).
 BATCH_SIZES = {"cpu": 4, "cuda": 32}
 NOTHING_FOUND = "no patch can be a seed: all features are zero or not finite"
-
-Image = NDArray[np.uint8]
-Outcome = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -50,18 +55,9 @@ class Method:
     num_candidates: int = 100
     affinity_memory_mib: int = 512
     normalize: Literal["imagenet", "half"] = "imagenet"
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Precision = "fp32"
     batch_size: int | None = None
     """Images per forward pass; None is what suits the device (``BATCH_SIZES``)."""
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """What every row says about how it was made."""
-
-    run_id: str
-    config_hash: str
-    weights_sha256: str
 
 
 class PseudoBoxLabeller:
@@ -95,45 +91,37 @@ class PseudoBoxLabeller:
         ``batch_size`` at once. None is ever padded to another's size: that would change its
         attention, its positions and its degrees.
         """
-        images = [pixels_of_row(decoded, row) for row in range(decoded.num_rows)]
+        images = decoded_images(decoded)
         sizes_N2 = np.column_stack([decoded["width"].to_numpy(), decoded["height"].to_numpy()])
-        outcomes: list[Outcome] = decoded.select(["status", "error"]).to_pylist()
+        outcomes: dict[int, Outcome] = {}
         for rows in self.batches(images):
             batch = [image for row in rows if (image := images[row]) is not None]
-            for row, outcome in zip(rows, self._label(batch, sizes_N2[rows]), strict=True):
-                outcomes[row] = outcome
-        return self._table(decoded, outcomes)
+            outcomes |= zip(rows, self._label(batch, sizes_N2[rows]), strict=True)
+        return label_rows(decoded, outcomes, method=self.method.rule, provenance=self.provenance)
 
     def batches(self, images: Sequence[Image | None]) -> Iterator[list[int]]:
         """Row numbers that share a padded grid, in groups of at most ``batch_size``."""
-        rows_by_grid: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for row, image in enumerate(images):
-            if image is not None:
-                grid = padded_size(image.shape[0], image.shape[1], self.backbone.patch_size)
-                rows_by_grid[grid].append(row)
-        size = self.batch_size
-        for rows in rows_by_grid.values():
-            for first in range(0, len(rows), size):
-                yield rows[first : first + size]
+        patch = self.backbone.patch_size
+        grids = [
+            None if image is None else padded_size(image.shape[0], image.shape[1], patch)
+            for image in images
+        ]
+        yield from rows_in_groups(grids, self.batch_size)
 
     def _label(self, images: Sequence[Image], sizes_B2: NDArray[Any]) -> list[Outcome]:
         """One outcome per image; the batch is halved while memory runs out."""
-        try:
-            features = self.extract(images)
-            return _outcomes(self.localize(features), features.stride, images, sizes_B2)
-        except (MemoryError, RuntimeError) as fault:
-            if not _is_out_of_memory(fault):
-                raise
-        # Here the failed batch's tensors are gone with the exception that held them.
-        if self.device.startswith("cuda"):
-            torch.cuda.empty_cache()
-        if len(images) == 1:
-            rows, columns, _ = images[0].shape
-            reason = f"{columns}x{rows} pixels do not fit in the memory of {self.device}"
-            return [{"status": "error_memory", "error": reason}]
-        half = len(images) // 2
-        first = self._label(images[:half], sizes_B2[:half])
-        return first + self._label(images[half:], sizes_B2[half:])
+
+        def label(rows: Sequence[int]) -> list[Outcome]:
+            chosen = [images[row] for row in rows]
+            features = self.extract(chosen)
+            return _outcomes(self.localize(features), features.stride, chosen, sizes_B2[rows])
+
+        return as_fits(
+            label,
+            list(range(len(images))),
+            refuse=lambda row: too_large(images[row], self.device),
+            device=self.device,
+        )
 
     @torch.inference_mode()
     def extract(self, images: Sequence[Image]) -> PatchFeatures:
@@ -142,8 +130,7 @@ class PseudoBoxLabeller:
         pixels_B3HW = normalize_and_pad(
             images, multiple=self.backbone.patch_size, mean=mean, std=std
         )
-        # On a GPU convolutions would silently round to TF32: noise of 1e-3 moves one box in forty.
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), self._autocast():
+        with in_precision(self.method.precision, self.device):
             features: PatchFeatures = self.backbone(pixels_B3HW.to(self.device))
         return features
 
@@ -157,29 +144,6 @@ class PseudoBoxLabeller:
             num_candidates=self.method.num_candidates,
             affinity_memory_mib=self.method.affinity_memory_mib,
         )
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self.method.precision == "fp32":
-            return nullcontext()
-        dtype = torch.bfloat16 if self.method.precision == "bf16" else torch.float16
-        return torch.autocast(self.device.partition(":")[0], dtype=dtype)
-
-    def _table(self, decoded: pa.Table, outcomes: Sequence[Outcome]) -> pa.Table:
-        same = {
-            "method": self.method.rule,
-            "run_id": self.provenance.run_id,
-            "config_hash": self.provenance.config_hash,
-            "weights_sha256": self.provenance.weights_sha256,
-            "created_at": datetime.now(UTC),
-        }
-        arrays = []
-        for field in SCHEMA:
-            if field.name in ("status", "error") or field.name not in decoded.column_names:
-                values = [same.get(field.name, row.get(field.name)) for row in outcomes]
-                arrays.append(pa.array(values, field.type))
-            else:
-                arrays.append(decoded[field.name])
-        return pa.Table.from_arrays(arrays, schema=SCHEMA)
 
 
 def _outcomes(
@@ -216,19 +180,6 @@ def _outcomes(
             "touches_border": touches_B[row],
         }
         if hit
-        else {
-            "status": "no_object",
-            "error": NOTHING_FOUND,
-            "boxes": [],
-            "scores": [],
-            "labels": [],
-        }
+        else no_object(NOTHING_FOUND)
         for row, hit in enumerate(hits)
     ]
-
-
-def _is_out_of_memory(fault: BaseException) -> bool:
-    """Whether memory ran out; on the CPU torch says so in a plain RuntimeError."""
-    if isinstance(fault, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return "not enough memory" in str(fault) or "allocate memory" in str(fault)

@@ -28,10 +28,14 @@ Colour = tuple[int, int, int]
 Size = tuple[int, int]
 Picture = Image.Image
 
-METHOD_COLOURS: dict[str, Colour] = {"lost": (255, 159, 28), "solost": (64, 224, 128)}
-"""One colour per rule wherever its box or mask is drawn."""
+METHOD_COLOURS: dict[str, Colour] = {
+    "lost": (255, 159, 28),
+    "solost": (64, 224, 128),
+    "cad": (88, 166, 255),
+}
+"""One colour per rule wherever its box or mask is drawn; ``cad`` is the detector's."""
 
-METHOD_NAMES = {"lost": "LOST", "solost": "SoLOST"}
+METHOD_NAMES = {"lost": "LOST", "solost": "SoLOST", "cad": "CAD"}
 
 PANEL: Size = (400, 300)
 THUMBNAIL: Size = (240, 180)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.command_line import parse
-from pipeline.config import LabelJob
+from pipeline.config import DetectJob, LabelJob
 from pipeline.errors import ConfigError
 from tests.conftest import ROOT
 
@@ -131,3 +131,13 @@ def test_help_tells_of_the_configuration_file(capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit):
         parse(LabelJob, ["--help"], "A job.")
     assert "--config FILE.yaml" in capsys.readouterr().out
+
+
+def test_help_lists_a_jobs_own_flags_first_and_those_of_all_jobs_last(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        parse(DetectJob, ["--help"])
+    told = capsys.readouterr().out
+    flags = [told.index(flag) for flag in ("--detector", "--output", "--tracking-uri")]
+    assert flags == sorted(flags)

@@ -1,5 +1,7 @@
 """Label a collection on Ray Data: blocks of inputs -> pixels (CPU) -> boxes (actors) -> Parquet.
 
+What an actor does to a block of pixels is its recipe (recipes.py), and nothing here knows it.
+
 Every block goes through whole: one task reads and decodes it, one actor call labels it, one task
 puts its rows on disk and returns a receipt. The driver sees receipts only, so its memory does not
 grow with the collection. What exactly-once means, and why a kill costs at most the blocks in
@@ -15,12 +17,12 @@ import ray
 import torch
 
 from pipeline.cluster.block_tasks import CommitBlock, LoadBlock, Receipt, receipts_of
+from pipeline.cluster.recipes import Recipe
 from pipeline.cluster.session import count, ray_session
-from pipeline.config import BackboneConfig, ComputeConfig, ImagesConfig
+from pipeline.config import ComputeConfig, ImagesConfig
 from pipeline.data.label_pass import LabelPass
+from pipeline.data.label_rows import Provenance
 from pipeline.errors import ClusterError
-from pipeline.labelling import Method, Provenance, PseudoBoxLabeller
-from pipeline.models.backbones import Weights, build_backbone
 from pipeline.storage import one_line
 
 # Without GPUs actors and decoding share the cores. An actor reserves less than the cores it works
@@ -70,22 +72,14 @@ def place_actors(compute: ComputeConfig, *, cpus: float, gpus: float) -> Placeme
 
 
 class _LabelBlock:
-    """Actor: a ``PseudoBoxLabeller`` whose weights came through the object store, once a node."""
+    """Actor: a labeller, whose recipe comes once a node, through the object store."""
 
     def __init__(
-        self,
-        backbone: BackboneConfig,
-        weights: "ray.ObjectRef[Weights]",
-        method: Method,
-        provenance: Provenance,
-        threads: int,
+        self, recipe: "ray.ObjectRef[Recipe]", provenance: Provenance, threads: int
     ) -> None:
         torch.set_num_threads(threads)
-        network = build_backbone(
-            backbone.name, ray.get(weights), feature=backbone.feature, block=backbone.block
-        )
         device = "cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu"
-        self.labeller = PseudoBoxLabeller(network, method, provenance, device=device)
+        self.labeller = ray.get(recipe)(provenance, device)
 
     def __call__(self, pixels: pa.Table) -> pa.Table:
         rows = self.labeller(pixels.drop_columns("block"))
@@ -97,9 +91,7 @@ class LabelPlan:
     """All that the workers need to know."""
 
     sweep: LabelPass
-    backbone: BackboneConfig
-    weights: Weights
-    method: Method
+    recipe: Recipe
     provenance: Provenance
     images: ImagesConfig
     compute: ComputeConfig
@@ -137,7 +129,7 @@ def _warn_of_private_disks(sweep: LabelPass) -> None:
 
 
 def _dataset(plan: LabelPlan, blocks: list[int], placement: Placement) -> "ray.data.Dataset":
-    weights = ray.put(plan.weights)
+    recipe = ray.put(plan.recipe)
     return (
         ray.data.from_items(blocks, override_num_blocks=len(blocks))
         .map_batches(
@@ -148,13 +140,7 @@ def _dataset(plan: LabelPlan, blocks: list[int], placement: Placement) -> "ray.d
         )
         .map_batches(
             _LabelBlock,
-            fn_constructor_args=(
-                plan.backbone,
-                weights,
-                plan.method,
-                plan.provenance,
-                placement.threads,
-            ),
+            fn_constructor_args=(recipe, plan.provenance, placement.threads),
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=placement.cpus_per_actor,

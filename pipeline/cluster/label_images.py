@@ -1,42 +1,18 @@
-"""The labelling job, told in order: weights, output, list of inputs, blocks, table, summary.
-
-Whatever can be wrong with flags, weights or the output is found before an image is read. The work
-itself is spread in label_blocks.py; what survives a kill, and why, is told in data/label_run.py.
-"""
+"""The labelling job: its weights, its backbone, its method; the rest is any bulk job's life."""
 
 import logging
-import platform
-import sys
-import time
-from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
-from rich.console import Console
-from rich.table import Table
-
-from pipeline.cluster.block_tasks import Receipt
-from pipeline.cluster.label_blocks import LabelPlan, label_blocks
-from pipeline.config import LabelJob, flatten
-from pipeline.data.label_pass import LabelPass
-from pipeline.data.label_run import LabelRun, open_run
-from pipeline.data.lake import Collection, Listing
-from pipeline.data.pseudo_labels import Manifest, config_hash, iterate_labels
-from pipeline.errors import ConfigError, TooManyBadImages
-from pipeline.gallery import sheet_of_boxes
-from pipeline.labelling import Method, Provenance
-from pipeline.lease import Lease
+from pipeline.cluster.bulk_job import Work, run_bulk_job
+from pipeline.cluster.recipes import PseudoBoxes
+from pipeline.config import LabelJob
+from pipeline.data.lake import Collection
+from pipeline.labelling import Method
 from pipeline.models.backbones import Weights, build_backbone, load_weights
-from pipeline.models.exported_backbone import name_beside
+from pipeline.models.exported_backbone import network_of_checkpoint
 from pipeline.models.published import published_normalization
-from pipeline.progress import ProgressReporter
-from pipeline.storage import Location, without_secrets
-from pipeline.tracking import Tracker, absolute_uri, start_tracker
+from pipeline.storage import Location
 
-# Metrics go to MLflow at this pace: a curve people can read, not a point per block.
-_METRIC_SECONDS = 10.0
 _LOG = logging.getLogger("pipeline.label_images")
 
 
@@ -56,31 +32,25 @@ def label_images(job: LabelJob) -> int:
         job.backbone.name, weights, feature=job.backbone.feature, block=job.backbone.block
     )
     _warn_of_normalization(job)
-    output = Location.parse(job.output)
-    if output.kind() == "file":
-        raise ConfigError(f"--output must be a folder, got the file {output}")
-    config = job.what_decides_the_boxes(weights.sha256)
-    with Lease(output) as lease:
-        run = open_run(output, config, resume=job.resume, overwrite=job.overwrite)
-        number = run.passes_committed()
-        sweep = run.open_pass(number)
-        if not sweep.is_listed and not _freeze_inputs(run, sweep, job):
-            run.tidy()
-            return _summarise(run.manifest(), output, job)
-        with _tracker(run, job) as tracker:
-            tracker.log_params(flatten(_as_told(job)))
-            tracker.set_tags({"job": "label_images", "run_id": run.run_id, "output": str(output)})
-            speed = _label(run, sweep, job, weights, tracker, lease)
-            lease.check()
-            manifest = run.commit(
-                number,
-                weights_sha256=weights.sha256,
-                job=_as_told(job),
-                versions=_versions(),
-                tracking=_tracked_as(tracker, job),
-            )
-            _log_results(tracker, manifest, output, speed)
-    return _summarise(manifest, output, job)
+    return run_bulk_job(job, _work(job, weights))
+
+
+def _work(job: LabelJob, weights: Weights) -> Work:
+    method = Method(
+        **job.localization.model_dump(),
+        normalize=job.backbone.normalize,
+        precision=job.compute.precision,
+        batch_size=job.compute.batch_size,
+    )
+    return Work(
+        name="label_images",
+        verb="label",
+        run_name=f"label-{job.localization.rule}",
+        images=lambda: Collection(job.images),
+        recipe=PseudoBoxes(job.backbone, weights, method),
+        weights_sha256=weights.sha256,
+        config=job.what_decides_the_boxes(weights.sha256),
+    )
 
 
 def _warn_of_normalization(job: LabelJob) -> None:
@@ -109,189 +79,6 @@ def _with_absolute_paths(job: LabelJob) -> LabelJob:
 def _with_backbone_of_checkpoint(job: LabelJob) -> LabelJob:
     """The job with the network that the file of weights says it belongs to, where it does."""
     backbone = job.backbone
-    said = None if backbone.checkpoint is None else name_beside(Path(backbone.checkpoint))
-    if said is None or said == backbone.name:
-        return job
-    if backbone.name != type(backbone).model_fields["name"].default:
-        raise ConfigError(
-            f"{backbone.checkpoint} holds weights of {said} as config.json beside it says, got "
-            f"--backbone.name {backbone.name}; leave it out"
-        )
-    return job.model_copy(update={"backbone": backbone.model_copy(update={"name": said})})
-
-
-def _freeze_inputs(run: LabelRun, sweep: LabelPass, job: LabelJob) -> bool:
-    """Decide once what this sweep labels; False where there is nothing left to do."""
-    if not run.is_finished:
-        try:
-            collection = Collection(job.images)
-            sweep.freeze_inputs(collection.chunks(), job.compute.block_size)
-            sweep.note_listing(collection.report.model_dump(mode="json"))
-        except BaseException:
-            run.abandon()
-            raise
-        for line in _describe(collection.report):
-            _say(line)
-        return True
-    failed = list(run.failed_inputs()) if job.retry_failed else []
-    if not failed:
-        _say(f"{run.output} is finished already; nothing is left to do")
-        return False
-    sweep.freeze_inputs(iter(failed), job.compute.block_size)
-    _say(f"labelling {sum(table.num_rows for table in failed):,} failed images again")
-    return True
-
-
-def _describe(listing: Listing) -> Iterator[str]:
-    """What was found, and what was left out and why, so that nothing is missing in silence."""
-    yield f"found {listing.num_images:,} images in {listing.root}"
-    if listing.ignored_by_extension:
-        kinds = ", ".join(f"{n:,} {kind}" for kind, n in listing.ignored_by_extension.items())
-        yield f"  not images by their extension: {kinds}"
-    if listing.num_duplicates:
-        yield f"  listed more than once, labelled once: {listing.num_duplicates:,}"
-    if listing.num_refused_links:
-        links = ", ".join(listing.refused_links)
-        yield f"  links out of the folder or to nowhere: {listing.num_refused_links:,} ({links})"
-    if listing.num_unreadable_folders:
-        folders = ", ".join(listing.unreadable_folders)
-        yield f"  UNREADABLE FOLDERS, their images are missing: {folders}"
-
-
-def _label(
-    run: LabelRun,
-    sweep: LabelPass,
-    job: LabelJob,
-    weights: Weights,
-    tracker: Tracker,
-    lease: Lease,
-) -> float:
-    """Label the blocks that are not on disk yet; images per second of this part."""
-    sizes = sweep.sizes()
-    finished = sweep.finished_blocks()
-    waiting = [block for block in range(len(sizes)) if block not in finished]
-    done = sum(sizes[block] for block in finished)
-    if finished:
-        _say(f"resuming: {done:,} of {sum(sizes):,} images are on disk")
-    if not waiting:
-        return 0.0
-    receipts = label_blocks(_plan(run, sweep, job, weights), waiting, debug=job.debug)
-    seconds = job.progress_seconds
-    with ProgressReporter("label", sum(sizes), done=done, seconds=seconds) as progress:
-        for receipt in _at_a_pace(receipts, progress, tracker):
-            lease.check()
-            progress.advance(receipt.rows, _outcomes(receipt))
-        return progress.items_per_second
-
-
-def _outcomes(receipt: Receipt) -> dict[str, int]:
-    bad = sum(n for status, n in receipt.counts.items() if status.startswith("error_"))
-    return {"bad": bad, "noobj": receipt.counts.get("no_object", 0)}
-
-
-def _at_a_pace(
-    receipts: Iterator[Receipt], progress: ProgressReporter, tracker: Tracker
-) -> Iterator[Receipt]:
-    """The receipts; every few seconds their speed goes to the tracker."""
-    told = time.monotonic()
-    for receipt in receipts:
-        yield receipt
-        if time.monotonic() - told >= _METRIC_SECONDS:
-            told = time.monotonic()
-            speed = {"images_per_second": progress.items_per_second, **progress.counts}
-            tracker.log_metrics(speed, step=progress.done)
-
-
-def _plan(run: LabelRun, sweep: LabelPass, job: LabelJob, weights: Weights) -> LabelPlan:
-    method = Method(
-        **job.localization.model_dump(),
-        normalize=job.backbone.normalize,
-        precision=job.compute.precision,
-        batch_size=job.compute.batch_size,
-    )
-    provenance = Provenance(run.run_id, config_hash(run.config), weights.sha256)
-    return LabelPlan(sweep, job.backbone, weights, method, provenance, job.decode, job.compute)
-
-
-def _tracker(run: LabelRun, job: LabelJob) -> Tracker:
-    name = job.run_name or f"label-{job.localization.rule}-{config_hash(run.config)[:8]}"
-    folder = Path(run.output.path) if run.output.is_local else Path.cwd()
-    return start_tracker(
-        job.tracking_uri,
-        experiment=job.experiment,
-        run_name=name,
-        spool=folder / "_tracking",
-    )
-
-
-def _tracked_as(tracker: Tracker, job: LabelJob) -> dict[str, str]:
-    run_id = tracker.wait_for_run_id(timeout_s=5.0)
-    if run_id is None:
-        return {}
-    return {"uri": without_secrets(absolute_uri(job.tracking_uri)), "run_id": run_id}
-
-
-def _as_told(job: LabelJob) -> dict[str, Any]:
-    """The job's settings as manifest and MLflow show them: a database's password is not one."""
-    settings = job.model_dump(mode="json")
-    if job.tracking_uri is not None:
-        settings["tracking_uri"] = without_secrets(job.tracking_uri)
-    return settings
-
-
-def _log_results(tracker: Tracker, manifest: Manifest, output: Location, speed: float) -> None:
-    counts = {f"count.{status}": number for status, number in manifest.counts.items()}
-    tracker.log_metrics({**counts, "rows": manifest.rows, "images_per_second": speed})
-    tracker.set_tags({"weights_sha256": manifest.weights_sha256})
-    tracker.log_dict(manifest.model_dump(mode="json"), "manifest.json")
-    tracker.log_dict(manifest.config, "config.json")
-    sheet = sheet_of_boxes(next(iterate_labels(output)))
-    if sheet is not None:
-        tracker.log_artifact_bytes(sheet, "boxes.png")
-
-
-def _versions() -> dict[str, str]:
-    names = ("patchseed", "torch", "timm", "ray", "pyarrow", "pillow", "scipy", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
-
-
-def _summarise(manifest: Manifest, output: Location, job: LabelJob) -> int:
-    """The closing table, and exit code 0 unless too many images failed."""
-    table = Table(title=f"{manifest.rows:,} rows in {output}", title_justify="left")
-    for column in ("status", "images", "%", "for example"):
-        table.add_column(column, justify="left" if column in ("status", "for example") else "right")
-    examples = _examples(output, set(manifest.counts))
-    for status, number in manifest.counts.items():
-        share = f"{100 * number / manifest.rows:.1f}"
-        table.add_row(status, f"{number:,}", share, examples.get(status, ""))
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-    console.print(table)
-    _say(f"See them:    python jobs/draw_boxes.py --labels {output} --output PICTURES")
-    _say(f"Measure:     python jobs/evaluate_boxes.py --labels {output} --ground-truth GT")
-    bad = sum(n for status, n in manifest.counts.items() if status.startswith("error_"))
-    if bad > job.max_bad_fraction * manifest.rows:
-        raise TooManyBadImages(
-            f"{bad:,} of {manifest.rows:,} images failed, more than --max-bad-fraction "
-            f"{job.max_bad_fraction:g}; every one has its row. Try again with --resume "
-            "--retry-failed, or allow more"
-        )
-    return 0
-
-
-def _examples(output: Location, statuses: set[str]) -> dict[str, str]:
-    """One URI (and its reason) per status, read until each has been seen."""
-    found: dict[str, str] = {}
-    for table in iterate_labels(output, ["uri", "status", "error"]):
-        for status in statuses - found.keys():
-            rows = table.filter(pa.compute.equal(table["status"], status)).slice(0, 1).to_pylist()
-            for row in rows:
-                reason = f" ({row['error']})" if row["error"] else ""
-                found[status] = f"{row['uri']}{reason}"
-        if statuses == found.keys():
-            break
-    return found
-
-
-def _say(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
+    default = type(backbone).model_fields["name"].default
+    name = network_of_checkpoint(backbone.name, backbone.checkpoint, default=default)
+    return job.model_copy(update={"backbone": backbone.model_copy(update={"name": name})})

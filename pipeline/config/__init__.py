@@ -7,9 +7,11 @@ plain arguments, so nothing below the jobs, the cluster room and the doors impor
 
     settings.py         what all groups share
     labelling.py        label_images, evaluate_boxes, draw_boxes, demo
+    clustering.py       cluster_boxes
     training.py         what all training jobs share
     classifier_groups.py, classification.py   train_classifier, compare_runs
     pretraining.py      pretrain_dino
+    detection.py        train_detector, detect_images
     presets.py          the papers' rows and the published recipes, as values of those knobs
 """
 
@@ -21,8 +23,11 @@ from pipeline.config.classifier_groups import (
     DRLocConfig,
     OptimConfig,
 )
+from pipeline.config.clustering import ClusterJob, TokenBackboneConfig
+from pipeline.config.detection import DetectJob, DetectorConfig, TrainDetectorJob
 from pipeline.config.labelling import (
     BackboneConfig,
+    BulkJob,
     ComputeConfig,
     DemoJob,
     DrawJob,
@@ -38,12 +43,16 @@ from pipeline.config.training import TrainingJob
 __all__ = [
     "AugmentConfig",
     "BackboneConfig",
+    "BulkJob",
     "ClassifierConfig",
+    "ClusterJob",
     "CompareJob",
     "ComputeConfig",
     "DRLocConfig",
     "DataConfig",
     "DemoJob",
+    "DetectJob",
+    "DetectorConfig",
     "DrawJob",
     "EvaluateJob",
     "ImagesConfig",
@@ -52,8 +61,10 @@ __all__ = [
     "OptimConfig",
     "PretrainDinoJob",
     "Settings",
+    "TokenBackboneConfig",
     "TrackedSettings",
     "TrainClassifierJob",
+    "TrainDetectorJob",
     "TrainingJob",
     "flatten",
 ]

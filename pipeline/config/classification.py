@@ -26,6 +26,9 @@ class TrainClassifierJob(TrainingJob):
     onnx: bool = True
     """Make the export hold an ONNX file, compared with the network before it is kept."""
 
+    epochs: PositiveInt = 100
+    """Passes over the training images."""
+
     stop_after: PositiveInt | None = None
     """Stop after so many epochs of the schedules (the released code: 101 of 300)."""
 

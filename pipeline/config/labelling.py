@@ -17,6 +17,7 @@ from pipeline.config.settings import (
 Feature = Literal["key", "query", "value"]
 Rule = Literal["solost", "lost"]
 Similarity = Literal["cosine", "dot", "pearson"]
+Difficult = Literal["drop", "ignore", "keep"]
 
 Level = Annotated[int, Field(ge=0, le=255)]
 
@@ -109,14 +110,10 @@ class ComputeConfig(Settings):
     """Ask for more actors than the cluster has room for now; the autoscaler brings nodes."""
 
 
-class LabelJob(TrackedSettings):
-    """Give every image of a collection one pseudo box, and write the boxes as Parquet."""
+class BulkJob(TrackedSettings):
+    """What the jobs share that give every image of a collection one row of a table."""
 
     goes_on_with: ClassVar = "--resume"
-
-    images: str
-    """A folder, a glob, a .txt or .parquet list of URIs, or Parquet with image bytes; local paths,
-    s3:// or gs://."""
 
     output: str
     """Folder (or URI) of the pseudo-label table; must be new, unless --resume or --overwrite."""
@@ -136,18 +133,27 @@ class LabelJob(TrackedSettings):
     progress_seconds: Annotated[float, Field(gt=0)] = 5.0
     """Seconds between progress lines where the output is not a terminal."""
 
-    backbone: BackboneConfig = BackboneConfig()
-    localization: LocalizationConfig = LocalizationConfig()
     decode: ImagesConfig = ImagesConfig()
     compute: ComputeConfig = ComputeConfig()
 
     @model_validator(mode="after")
-    def _flags_agree(self) -> "LabelJob":
+    def _flags_agree(self) -> "BulkJob":
         if self.resume and self.overwrite:
             raise ValueError("--resume and --overwrite contradict each other: give one of them")
         if self.retry_failed and not self.resume:
             raise ValueError("--retry-failed needs --resume: it goes over an earlier run's rows")
         return self
+
+
+class LabelJob(BulkJob):
+    """Give every image of a collection one pseudo box, and write the boxes as Parquet."""
+
+    images: str
+    """A folder, a glob, a .txt or .parquet list of URIs, or Parquet with image bytes; local paths,
+    s3:// or gs://."""
+
+    backbone: BackboneConfig = BackboneConfig()
+    localization: LocalizationConfig = LocalizationConfig()
 
     def what_decides_the_boxes(self, weights_sha256: str) -> dict[str, Any]:
         """The part of the configuration that a resumed run must share, as flat JSON values."""
@@ -163,22 +169,47 @@ class LabelJob(TrackedSettings):
 
 
 class EvaluateJob(Settings):
-    """Measure boxes against ground truth: CorLoc, its interval, and two trivial baselines."""
+    """Measure boxes against ground truth: CorLoc beside two trivial baselines, AP and recall."""
 
     labels: str
     """Pseudo-label table (folder), or a JSON file {file name: [x0, y0, x1, y1]}."""
 
     ground_truth: str
-    """COCO JSON (crowd left out), or a folder of Pascal VOC XML files."""
+    """COCO JSON (crowd is nobody's object), or a folder of Pascal VOC XML files."""
+
+    output: str | None = None
+    """Folder (or URI) for evaluation.json, precision_recall.png and worst_cases.png."""
+
+    coco_results: str | None = None
+    """File for the boxes in COCO's results format."""
 
     ignore_difficult: bool = False
-    """Leave out objects marked difficult (the papers count them)."""
+    """CorLoc: leave out objects marked difficult (the papers count them)."""
+
+    difficult: Difficult = "drop"
+    """AP: objects marked difficult are no objects (drop, as Detectron2 and LOST), count neither way
+    (ignore, as the VOC devkit), or count like all others (keep)."""
+
+    scores: Literal["table", "equal"] = "table"
+    """AP: rank boxes by the table's scores, or take all as equally sure."""
+
+    class_aware: bool = False
+    """Match clusters with classes also where all labels are 1; done anyway where they are not."""
 
     num_resamples: Annotated[int, Field(ge=100, le=1_000_000)] = 10_000
-    """Bootstrap resamples behind the 95 % interval."""
+    """Bootstrap resamples behind the 95 % intervals; of AP50 at most 2000."""
 
     seed: Seed = 0
     """Seed of the bootstrap."""
+
+    tracking_uri: str | None = None
+    """MLflow server or database to record the numbers in; None records nothing."""
+
+    experiment: str = "patchseed"
+    """MLflow experiment the run belongs to."""
+
+    run_name: str | None = None
+    """MLflow run name; None is made of the labels' name."""
 
     debug: bool = False
     """Show tracebacks."""

@@ -189,6 +189,11 @@ class PretrainDinoJob(TrainingJob):
         return self
 
     @property
+    def num_epochs(self) -> int:
+        """See the base class."""
+        return self.epochs
+
+    @property
     def slug(self) -> str:
         """Data, model and seed."""
         first = self.images[0].rstrip("/").rpartition("/")[2].split(".")[0]

@@ -25,9 +25,6 @@ class TrainingJob(TrackedSettings):
     overwrite: bool = False
     """Delete what this very run has done so far; without it, it goes on or tells its result."""
 
-    epochs: PositiveInt = 100
-    """Passes over the training images."""
-
     batch_size: PositiveInt = 256
     """Images per step over all workers together."""
 
@@ -70,7 +67,7 @@ class TrainingJob(TrackedSettings):
     @property
     def num_epochs(self) -> int:
         """Epochs that are really trained."""
-        return self.epochs
+        raise NotImplementedError
 
     @property
     def slug(self) -> str:

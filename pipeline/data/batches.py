@@ -117,9 +117,9 @@ class BatchLoader:
             # One is never too many, however small the set.
             if num_bad > max(1, self._max_bad_fraction * self._num_samples):
                 raise DataError(
-                    f"more than --data.max-bad-fraction {self._max_bad_fraction:.3g} of "
+                    f"more than max-bad-fraction {self._max_bad_fraction:.3g} of "
                     f"{self._num_samples} images cannot be read: {num_bad} so far, the last: "
-                    f"{faults[-1][1]}; or raise --data.max-bad-fraction: the run then goes on"
+                    f"{faults[-1][1]}; or raise max-bad-fraction: the run then goes on"
                 )
             if len(batch.labels_B):
                 yield batch

@@ -1,6 +1,6 @@
 """COCO's instances JSON -> ground truth.
 
-Crowd regions are left out: their box spans many objects. Boxes keep their fractions of a pixel
+Crowd regions are kept apart: their box spans many objects. Boxes keep their fractions of a pixel
 (LOST's evaluation rounds them to integers first). The field ``difficult``, which conversions from
 Pascal VOC carry, is honoured where it is there.
 """
@@ -10,8 +10,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from pipeline.boxes import xywh_to_xyxy
+from pipeline.boxes import Boxes, area, xywh_to_xyxy
 from pipeline.data.ground_truth import GroundTruth, known_side, read_json
 from pipeline.errors import DataError
 from pipeline.storage import Location, one_line
@@ -26,10 +27,12 @@ def read_coco(place: Location) -> list[GroundTruth]:
     Raises:
         DataError: the file is no instances JSON, or an entry in it is damaged.
     """
-    images, annotations = _sections(read_json(place), place)
+    content = read_json(place)
+    images, annotations = _sections(content, place)
     try:
+        names = _class_names(content)
         by_image = _objects_by_image(images, annotations)
-        return [_ground_truth(image, by_image[image["id"]]) for image in images]
+        return [_ground_truth(image, by_image[image["id"]], names) for image in images]
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as fault:
         reason = f"an entry lacks {fault}" if isinstance(fault, KeyError) else one_line(fault)
         raise DataError(f"{place} is damaged: {reason}") from fault
@@ -56,23 +59,47 @@ def _objects_by_image(
             raise ValueError(f"two images have the id {image['id']!r}")
         by_image[image["id"]] = []
     for annotation in annotations:
-        if annotation["image_id"] in by_image and not annotation.get("iscrowd"):
+        if annotation["image_id"] in by_image:
             by_image[annotation["image_id"]].append(annotation)
     return by_image
 
 
-def _ground_truth(image: dict[str, Any], objects: list[dict[str, Any]]) -> GroundTruth:
+def _class_names(content: dict[str, Any]) -> dict[Any, str]:
+    """Category ids -> names; what has none goes by its id."""
+    categories = content.get("categories") or []
+    return {one["id"]: str(one.get("name", one["id"])) for one in categories}
+
+
+def _ground_truth(
+    image: dict[str, Any], annotations: list[dict[str, Any]], names: dict[Any, str]
+) -> GroundTruth:
     if not isinstance(image["file_name"], str):
         raise ValueError(
             f"image {image['id']!r} has a file_name that is no text: {image['file_name']!r}"
         )
+    objects = [item for item in annotations if not item.get("iscrowd")]
+    classes = [item.get("category_id") for item in objects]
+    boxes_N4 = xywh_to_xyxy([_xywh(item) for item in objects])
     return GroundTruth(
         file_name=image["file_name"],
-        boxes_N4=xywh_to_xyxy([_xywh(item) for item in objects]),
+        boxes_N4=boxes_N4,
         difficult_N=np.array([bool(item.get("difficult")) for item in objects], dtype=bool),
         width=known_side(image.get("width") or 0),
         height=known_side(image.get("height") or 0),
+        image_id=image["id"],
+        classes_N=()
+        if None in classes
+        else tuple(names.get(number, str(number)) for number in classes),
+        areas_N=_areas(objects, boxes_N4),
+        crowds_M4=xywh_to_xyxy([_xywh(item) for item in annotations if item.get("iscrowd")]),
     )
+
+
+def _areas(objects: list[dict[str, Any]], boxes_N4: Boxes) -> NDArray[np.float64]:
+    """Of the masks where the file says them, else of the boxes; what counts as small goes by it."""
+    told = [item.get("area") for item in objects]
+    own = area(boxes_N4)
+    return np.array([own[i] if one is None else float(one) for i, one in enumerate(told)])
 
 
 def _xywh(item: dict[str, Any]) -> list[float]:

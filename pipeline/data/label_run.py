@@ -103,7 +103,38 @@ class LabelRun:
         Until the manifest is replaced a reader sees the table as it was; what the new one does not
         list is deleted afterwards.
         """
-        files, counts = self._write_table(number)
+        return self._commit(
+            self._merged_rows(number),
+            number,
+            weights_sha256=weights_sha256,
+            collection=self._collection(number),
+            job=job,
+            versions=versions,
+            tracking=tracking,
+        )
+
+    def commit_rows(
+        self,
+        tables: Iterator[pa.Table],
+        *,
+        weights_sha256: str,
+        job: dict[str, Any],
+        versions: dict[str, str],
+        collection: dict[str, Any],
+    ) -> Manifest:
+        """Make these rows the table, without a sweep: for a job that makes one table of another."""
+        return self._commit(
+            tables,
+            0,
+            weights_sha256=weights_sha256,
+            collection=collection,
+            job=job,
+            versions=versions,
+        )
+
+    def _commit(self, tables: Iterator[pa.Table], number: int, **fields: Any) -> Manifest:
+        """Write the table's files, then its manifest, whose other ``fields`` these are."""
+        files, counts = self._write_table(tables, number)
         manifest = Manifest(
             run_id=self.run_id,
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -112,12 +143,8 @@ class LabelRun:
             counts=dict(sorted(counts.items())),
             config=self.config,
             config_hash=config_hash(self.config),
-            weights_sha256=weights_sha256,
             passes=number + 1,
-            collection=self._collection(number),
-            job=job,
-            versions=versions,
-            tracking=tracking,
+            **fields,
         )
         write_manifest(self.output, manifest)
         self.tidy()
@@ -137,10 +164,12 @@ class LabelRun:
                 place.delete()
         self._folder.delete()
 
-    def _write_table(self, number: int) -> tuple[list[TableFile], Counter[str]]:
+    def _write_table(
+        self, tables: Iterator[pa.Table], number: int
+    ) -> tuple[list[TableFile], Counter[str]]:
         files: list[TableFile] = []
         counts: Counter[str] = Counter()
-        for table in _in_files(self._merged_rows(number)):
+        for table in _in_files(tables):
             data = encode_table(table, self.config)
             name = f"labels-{self.run_id}-{number:04d}-{len(files):05d}.parquet"
             self.output.child(name).write_bytes(data)
@@ -158,11 +187,11 @@ class LabelRun:
         again = pa.concat_tables(list(newest))
         for table in iterate_labels(self.output):
             superseded = pc.is_in(table["image_id"], value_set=again["image_id"].combine_chunks())
-            yield _with_all_columns(table.filter(pc.invert(superseded)))
+            yield with_all_columns(table.filter(pc.invert(superseded)))
         yield again
 
 
-def _with_all_columns(table: pa.Table) -> pa.Table:
+def with_all_columns(table: pa.Table) -> pa.Table:
     """The rows of a table that may be older than a column of ``SCHEMA``; what it lacks is null."""
     missing = pa.schema([field for field in SCHEMA if field.name not in table.column_names])
     for field in missing:
@@ -195,13 +224,25 @@ def open_run(
     is_ours = place.kind() == "file"
     if is_ours and resume:
         return _resume(output, json.loads(place.read_bytes()), config)
-    if is_ours and not overwrite:
-        raise StorageError(_taken(output))
-    _refuse_strangers(output, is_ours)
+    require_free(output, overwrite=overwrite)
     _delete_run(output)
     run_id = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:6]
     place.write_bytes(json.dumps({"run_id": run_id, "config": config}, indent=2).encode())
     return LabelRun(output, run_id, config)
+
+
+def require_free(output: Location, *, overwrite: bool, resumable: bool = True) -> None:
+    """Raise StorageError where a new run must not begin; nothing is deleted here.
+
+    Args:
+        output: Where the table is to be.
+        overwrite: Whether an earlier run there may be replaced.
+        resumable: Whether the job could go on with one; its complaint says so.
+    """
+    is_ours = output.child("_run").child("run.json").kind() == "file"
+    if is_ours and not overwrite:
+        raise StorageError(_taken(output, resumable))
+    _refuse_strangers(output, is_ours)
 
 
 def _resume(output: Location, found: dict[str, Any], config: dict[str, Any]) -> LabelRun:
@@ -220,7 +261,9 @@ def _resume(output: Location, found: dict[str, Any], config: dict[str, Any]) -> 
     return LabelRun(output, found["run_id"], before)
 
 
-def _taken(output: Location) -> str:
+def _taken(output: Location, resumable: bool) -> str:
+    if not resumable:
+        return f"{output} already holds a table: choose another --output, or --overwrite it"
     if output.child(MANIFEST_NAME).kind() == "file":
         return (
             f"{output} already holds a finished table: choose another --output, "

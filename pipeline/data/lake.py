@@ -32,7 +32,7 @@ INPUT_SCHEMA = pa.schema(
     [pa.field("image_id", pa.string(), False), pa.field("uri", pa.string(), False)]
 )
 
-Kind = Literal["folder", "glob", "file", "list", "table"]
+Kind = Literal["folder", "glob", "file", "list", "table", "labels"]
 _WILDCARD = re.compile(r"[*?\[]")
 
 

@@ -53,8 +53,7 @@ def load_pixels(
     columns: dict[str, list[Any]] = {name: [] for name in PIXELS_SCHEMA.names[2:]}
     for data in fetch_bytes(uris):
         if isinstance(data, ReadFault):
-            image = DecodedImage(None, None, None, "error_read", data.reason, None, None)
-            _append(columns, image, None)
+            _append(columns, unread(data), None)
         else:
             image = decode_image(
                 data,
@@ -69,9 +68,9 @@ def load_pixels(
     return pa.Table.from_arrays(arrays, schema=PIXELS_SCHEMA)
 
 
-def _append(columns: dict[str, list[Any]], image: DecodedImage, data: bytes | None) -> None:
-    pixels = image.pixels_HW3
-    row = {
+def facts_of(image: DecodedImage, data: bytes | None) -> dict[str, Any]:
+    """What a row says of an image and its bytes (None where there are none), but for the pixels."""
+    return {
         "status": image.status,
         "error": None if image.error is None else image.error[:MAX_ERROR_LENGTH],
         "width": image.width,
@@ -80,6 +79,17 @@ def _append(columns: dict[str, list[Any]], image: DecodedImage, data: bytes | No
         "num_frames": image.num_frames,
         "content_sha256": None if data is None else hashlib.sha256(data).hexdigest(),
         "size_bytes": None if data is None else len(data),
+    }
+
+
+def unread(fault: ReadFault) -> DecodedImage:
+    """The image of which there are no bytes."""
+    return DecodedImage(None, None, None, "error_read", fault.reason, None, None)
+
+
+def _append(columns: dict[str, list[Any]], image: DecodedImage, data: bytes | None) -> None:
+    pixels = image.pixels_HW3
+    row = facts_of(image, data) | {
         "pixels": None if pixels is None else pixels.tobytes(),
         "pixel_rows": None if pixels is None else pixels.shape[0],
         "pixel_columns": None if pixels is None else pixels.shape[1],

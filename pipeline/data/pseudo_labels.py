@@ -163,6 +163,19 @@ def read_manifest(folder: Location) -> Manifest:
         raise DataError(f"{place} is damaged: {one_line(fault)}") from fault
 
 
+def manifest_sha256(folder: Location) -> str:
+    """Names a finished table with all it holds: its manifest holds the hashes of its files.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    place = folder.child(MANIFEST_NAME)
+    try:
+        return hashlib.sha256(place.read_bytes()).hexdigest()
+    except OSError as fault:
+        raise DataError(f"{place} cannot be read: {one_line(fault)}") from fault
+
+
 def iterate_labels(folder: Location, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
     """The table's files one after another, so that memory holds one at a time.
 

@@ -85,7 +85,21 @@ def _annotation(root: Element, stem: str) -> GroundTruth:
         width=width,
         height=height,
         aliases=aliases,
+        image_id=_image_id(stem),
+        classes_N=_classes(objects),
     )
+
+
+def _image_id(stem: str) -> int | None:
+    """The digits of VOC's names as one number, as its COCO conversions have it: 2008_000002."""
+    digits = stem.replace("_", "")
+    return int(digits) if digits.isascii() and digits.isdigit() else None
+
+
+def _classes(objects: list[Element]) -> tuple[str, ...]:
+    """The objects' names; none where one of them has none."""
+    names = [item.findtext("name", "").strip() for item in objects]
+    return tuple(names) if all(names) else ()
 
 
 def _names(written: str, stem: str) -> tuple[str, tuple[str, ...]]:

@@ -28,6 +28,11 @@ from pipeline.evaluation.corloc import (
     interval_95,
     resampled_rates,
 )
+from pipeline.evaluation.evaluate_detections import (
+    DetectionEvaluation,
+    DetectionOptions,
+    evaluate_detections,
+)
 from pipeline.evaluation.matching import match
 from pipeline.evaluation.predictions import Prediction, describe_labels, read_predictions
 from pipeline.storage import Location
@@ -85,6 +90,7 @@ class Evaluation:
         num_size_differs: images whose label and annotation disagree on their size.
         statuses: of the counted images' labels.
         provenance: where labels and ground truth come from.
+        detection: all boxes against all objects; None where it was not asked for.
     """
 
     labels: Score
@@ -99,12 +105,19 @@ class Evaluation:
     num_size_differs: int
     statuses: dict[str, int]
     provenance: dict[str, Any]
+    detection: DetectionEvaluation | None = None
 
 
 def evaluate_boxes(
-    labels: str, ground_truth: str, *, ignore_difficult: bool, num_resamples: int, seed: int
+    labels: str,
+    ground_truth: str,
+    *,
+    ignore_difficult: bool,
+    num_resamples: int,
+    seed: int,
+    detection: DetectionOptions | None = None,
 ) -> Evaluation:
-    """Measure the labels against the ground truth.
+    """Measure the labels against the ground truth: CorLoc, and with ``detection`` also AP.
 
     Images without a counted object (with ``ignore_difficult``: all of them difficult) leave the
     denominator, as in LOST's evaluation. VOC07 trainval has none such: 5011 images either way.
@@ -148,6 +161,11 @@ def evaluate_boxes(
             "num_resamples": num_resamples,
             "seed": seed,
         },
+        detection=None
+        if detection is None
+        else evaluate_detections(
+            everything, matching.predictions, detection, num_resamples=num_resamples, seed=seed
+        ),
     )
 
 

@@ -1,28 +1,69 @@
-"""The boxes under test: a pseudo-label table, or a JSON file ``{file name: [x0, y0, x1, y1]}``."""
+"""The boxes under test: a pseudo-label table, or a JSON file ``{file name: [x0, y0, x1, y1]}``.
+
+Shape letters:  D boxes of one image
+"""
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.boxes import Boxes, as_boxes
 from pipeline.data.ground_truth import read_json
 from pipeline.data.pseudo_labels import iterate_labels, read_manifest
 from pipeline.errors import DataError
 from pipeline.storage import Location
 
-COLUMNS = ("uri", "width", "height", "status", "boxes", "scores")
+COLUMNS = ("uri", "width", "height", "status", "boxes", "scores", "labels")
+
+
+@dataclass(frozen=True, eq=False)
+class Detections:
+    """All boxes of one image, in the order of the table.
+
+    Attributes:
+        boxes_D4: xyxy in pixels.
+        scores_D: 1 where the table has none.
+        labels_D: 1 where the table has none.
+    """
+
+    boxes_D4: Boxes
+    scores_D: NDArray[np.float64]
+    labels_D: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.boxes_D4)
+
+
+def detections(
+    boxes: Sequence[Sequence[float]],
+    scores: Sequence[float] | None = None,
+    labels: Sequence[int] | None = None,
+) -> Detections:
+    """Boxes of one image; without scores or labels these are 1."""
+    boxes_D4 = as_boxes(boxes)
+    ones = [1] * len(boxes_D4)
+    return Detections(
+        boxes_D4,
+        np.array(scores or ones, dtype=np.float64),
+        np.array(labels or ones, dtype=np.int64),
+    )
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The one box of one image.
+    """The boxes of one image.
 
     Attributes:
         name: URI of the image, or its file name.
-        box: xyxy in pixels; None where the method found or could do nothing.
+        box: the best one, xyxy in pixels; None where the method found or could do nothing.
         status: as in the pseudo-label table; ``ok`` for every box of a JSON file.
         width: of the image the box was measured on; None where unknown.
         height: likewise.
+        detections: all of its boxes.
     """
 
     name: str
@@ -30,6 +71,7 @@ class Prediction:
     status: str = "ok"
     width: int | None = None
     height: int | None = None
+    detections: Detections = field(default_factory=lambda: detections([]), compare=False)
 
 
 def read_predictions(place: Location) -> Iterator[Prediction]:
@@ -75,26 +117,38 @@ def describe_labels(place: Location) -> dict[str, Any]:
 def _from_table(folder: Location) -> Iterator[Prediction]:
     for table in iterate_labels(folder, COLUMNS):
         for row in table.to_pylist():
+            found = _detections(row, folder) if row["status"] == "ok" else detections([])
             yield Prediction(
                 name=row["uri"],
-                box=_best_box(row, folder) if row["status"] == "ok" else None,
+                box=_best_box(found),
                 status=row["status"],
                 width=row["width"],
                 height=row["height"],
+                detections=found,
             )
 
 
-def _best_box(row: dict[str, Any], folder: Location) -> tuple[float, float, float, float] | None:
-    boxes, scores = row["boxes"] or [], row["scores"]
-    if not boxes:
+def _detections(row: dict[str, Any], folder: Location) -> Detections:
+    boxes = row["boxes"] or []
+    for name in ("scores", "labels"):
+        values = row[name]
+        if values and len(values) != len(boxes):
+            raise DataError(
+                f"{folder}: {row['uri']} has {len(boxes)} boxes, but {len(values)} {name}"
+            )
+        if not all(_is_number(value) and math.isfinite(value) for value in values or ()):
+            raise DataError(f"{folder}: the {name} of {row['uri']} must be finite, got {values}")
+    faults = [fault for box in boxes if (fault := _fault(box))]
+    if faults:
+        raise DataError(f"{folder}: the box of {row['uri']} {faults[0]}")
+    return detections(boxes, row["scores"], row["labels"])
+
+
+def _best_box(found: Detections) -> tuple[float, float, float, float] | None:
+    if not len(found):
         return None
-    if scores and len(scores) != len(boxes):
-        raise DataError(f"{folder}: {row['uri']} has {len(boxes)} boxes, but {len(scores)} scores")
-    # max() takes the first of equals.
-    best = max(range(len(boxes)), key=scores.__getitem__) if scores else 0
-    if _fault(boxes[best]):
-        raise DataError(f"{folder}: the box of {row['uri']} {_fault(boxes[best])}")
-    x0, y0, x1, y1 = boxes[best]
+    # argmax() takes the first of equals.
+    x0, y0, x1, y1 = found.boxes_D4[int(found.scores_D.argmax())].tolist()
     return (x0, y0, x1, y1)
 
 
@@ -112,7 +166,10 @@ def _from_json(content: Any, place: Location) -> Iterator[Prediction]:
             f"{place}: {len(faults)} of {len(content)} boxes are impossible; the first: "
             f"{name!r} {fault}. Leave images without a box out: they count as misses"
         )
-    return (Prediction(name, (box[0], box[1], box[2], box[3])) for name, box in content.items())
+    return (
+        Prediction(name, (box[0], box[1], box[2], box[3]), detections=detections([box]))
+        for name, box in content.items()
+    )
 
 
 def _fault(box: Any) -> str:

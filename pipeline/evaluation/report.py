@@ -7,6 +7,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.evaluation.ap_report import detection_json
 from pipeline.evaluation.corloc import THRESHOLD
 from pipeline.evaluation.evaluate import BASELINES, THRESHOLDS, Evaluation, Group, Interval, Score
 
@@ -58,6 +59,7 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
         "num_size_differs": evaluation.num_size_differs,
         "statuses": evaluation.statuses,
         **evaluation.provenance,
+        "detection": evaluation.detection and detection_json(evaluation.detection),
     }
 
 

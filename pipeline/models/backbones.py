@@ -1,6 +1,7 @@
 """A network from its name: the architecture from timm, the weights from the hub or from a file.
 
-``build_backbone`` gives frozen patch features, ``build_model`` a classifier to be trained.
+``build_backbone`` gives frozen patch features, ``build_class_tokens`` a frozen vector per image,
+``build_model`` a classifier to be trained.
 
 To add a backbone: a plain timm ViT needs nothing; other names and weights: ``published.py``. A
 convolutional network gets a name in ``CNNS`` there and a case in ``_cnn``.
@@ -25,6 +26,7 @@ from pipeline.models.checkpoints import (
     patch_side,
     read_state_dict,
 )
+from pipeline.models.class_tokens import ClassTokens
 from pipeline.models.classifier_weights import fit_classifier
 from pipeline.models.cnn import ConvFeatures, Vgg16Map
 from pipeline.models.dino_vit import ViTFeatures
@@ -106,6 +108,22 @@ def build_backbone(
     else:
         extractor = ViTFeatures(_vit(name, weights), feature=feature, block=block)
     return extractor.eval().requires_grad_(False)
+
+
+def build_class_tokens(name: str, weights: Weights | None) -> ClassTokens:
+    """The class token of ViT ``name``, in evaluation mode, frozen, on the CPU.
+
+    Args:
+        name: As for ``load_weights``, but no convolutional network.
+        weights: What ``load_weights`` gave; None leaves the random initialisation.
+
+    Raises:
+        ConfigError: there is no such ViT, or it has no class token of DINO's kind.
+        WeightsError: the weights do not fit the architecture.
+    """
+    if name in CNNS:
+        raise ConfigError(f"backbone.name must be a ViT with a class token, got {name}")
+    return ClassTokens(_vit(name, weights)).eval().requires_grad_(False)
 
 
 def load_classifier_weights(name: str, checkpoint: str | None) -> Weights:

@@ -7,12 +7,11 @@ Shape letters:  B images   H, W pixels   N tokens   D channels   K prototypes
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from pipeline.errors import ConfigError
+from pipeline.models.class_tokens import class_token, require_class_token
 from pipeline.models.dino_head import DINOHead
-from pipeline.models.dino_vit import interpolate_positions, require_plain_vit
+from pipeline.models.dino_vit import require_plain_vit
 
 
 class DINONetwork(nn.Module):
@@ -34,7 +33,7 @@ class DINONetwork(nn.Module):
         """
         super().__init__()
         require_plain_vit(vit)
-        _require_class_token(vit)
+        require_class_token(vit)
         self.backbone = vit
         width: Any = vit.num_features
         self.num_prototypes = num_prototypes
@@ -48,32 +47,9 @@ class DINONetwork(nn.Module):
 
     def features(self, images_B3HW: Tensor) -> Tensor:
         """``(B, D)``: the class token after the last norm."""
-        vit: Any = self.backbone
-        patches_BDHW: Tensor = vit.patch_embed.proj(images_B3HW)
-        grid = (patches_BDHW.shape[2], patches_BDHW.shape[3])
-        positions_1ND = interpolate_positions(vit.pos_embed, grid)
-        tokens_BND = vit.patch_embed.norm(patches_BDHW.flatten(2).transpose(1, 2))
-        class_B1D = vit.cls_token.expand(len(tokens_BND), -1, -1)
-        tokens_BND = torch.cat([class_B1D, tokens_BND], dim=1) + positions_1ND
-        tokens_BND = vit.norm(vit.blocks(vit.norm_pre(vit.pos_drop(tokens_BND))))
-        class_BD: Tensor = tokens_BND[:, 0]
-        return class_BD
+        return class_token(self.backbone, images_B3HW)
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
         """``(B, K)`` logits over the prototypes."""
         logits_BK: Tensor = self.head(self.features(images_B3HW))
         return logits_BK
-
-
-def _require_class_token(vit: Any) -> None:
-    """Raise ConfigError unless a normed class token with a position is all that joins the patches.
-
-    A weight that no output depends on would also keep several workers waiting for its gradient.
-    """
-    alone = vit.cls_token is not None and vit.num_prefix_tokens == 1
-    if not alone or vit.no_embed_class or isinstance(vit.norm, nn.Identity):
-        raise ConfigError(
-            "model.name must be a ViT with a class token that has a position and is normed, and no "
-            f"other token besides, got a {type(vit).__name__} of another kind; take one such as "
-            "vit_small_patch16_224"
-        )

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from pipeline.errors import WeightsError
+from pipeline.errors import ConfigError, WeightsError
 from pipeline.models.checkpoints import file_sha256
 from pipeline.models.features import NORMALIZATIONS
 from pipeline.models.model_options import STANDARD_SIDE
@@ -74,6 +74,28 @@ def write_backbone(
     }
     folder.child(WEIGHTS).write_bytes(content)
     folder.child(CONFIG).write_bytes(json.dumps(config, indent=1, ensure_ascii=False).encode())
+
+
+def network_of_checkpoint(name: str, checkpoint: str | None, *, default: str) -> str:
+    """The network to build: what the file of weights says it belongs to, else ``name``.
+
+    Args:
+        name: The network asked for.
+        checkpoint: The file of weights; None is the published one.
+        default: What ``name`` is where nobody asked.
+
+    Raises:
+        ConfigError: another network was asked for than the file's.
+    """
+    said = None if checkpoint is None else name_beside(Path(checkpoint))
+    if said is None or said == name:
+        return name
+    if name != default:
+        raise ConfigError(
+            f"{checkpoint} holds weights of {said} as config.json beside it says, got "
+            f"--backbone.name {name}; leave it out"
+        )
+    return said
 
 
 def name_beside(checkpoint: Path) -> str | None:

@@ -8,10 +8,8 @@ Shape letters:  N images   D channels
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 
 import numpy as np
-import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -21,12 +19,11 @@ from pipeline.config import PretrainDinoJob
 from pipeline.data.labelled_archives import is_archive, read_archive
 from pipeline.data.labelled_folders import read_folder
 from pipeline.data.labelled_images import LabelledImages
-from pipeline.data.lake import Collection
 from pipeline.data.pixels import load_pixels, pixels_of_row
 from pipeline.data.unlabelled import middle_square
 from pipeline.errors import DataError
+from pipeline.evaluation.annotated_images import annotated_images
 from pipeline.evaluation.corloc import best_ious, corloc
-from pipeline.evaluation.evaluate import read_ground_truth
 from pipeline.evaluation.knn import knn_accuracy
 from pipeline.localization.localize import localize
 from pipeline.models.dino_network import DINONetwork
@@ -66,22 +63,13 @@ def read_box_probe(images: str, ground_truth: str, *, max_side: int, num_images:
     Raises:
         DataError: no photo of the collection is annotated, or a file cannot be read.
     """
-    truths = {
-        PurePosixPath(one.file_name).name: one
-        for one in read_ground_truth(Location.parse(ground_truth))
-    }
-    inputs = pa.concat_tables(list(Collection(images).chunks()))
-    named = [PurePosixPath(uri).name in truths for uri in inputs["uri"].to_pylist()]
-    chosen = inputs.filter(pa.array(named)).sort_by("uri").slice(0, num_images)
-    if not chosen.num_rows:
-        raise DataError(f"none of {inputs.num_rows} images of {images} is in {ground_truth}")
+    chosen, truths = annotated_images(images, ground_truth, num_images=num_images)
     decoded = load_pixels(
         chosen, min_side=1, max_side=max_side, max_pixels=10**9, background=_BACKGROUND
     )
     photos, boxes = [], []
-    for row, uri in enumerate(decoded["uri"].to_pylist()):
+    for row, truth in enumerate(truths):
         photo = pixels_of_row(decoded, row)
-        truth = truths[PurePosixPath(uri).name]
         if photo is None or truth.width is None:
             continue
         photos.append(photo)

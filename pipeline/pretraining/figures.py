@@ -193,9 +193,27 @@ def _draw_collapse(run: _Run, axes: Axes) -> None:
     axes.set_ylim(bottom=0)
 
 
+def _draw_detection_losses(run: _Run, axes: Axes) -> None:
+    _title(axes, "losses of proposals and boxes")
+    looks = {
+        "train/loss_objectness": ("proposals: object?", _BLUE, "--"),
+        "train/loss_rpn_box_reg": ("proposals: box", _ORANGE, "--"),
+        "train/loss_classifier": ("object?", _BLUE, "-"),
+        "train/loss_box_reg": ("box", _ORANGE, "-"),
+    }
+    for name, (label, colour, dashes) in looks.items():
+        _line(run, axes, name, label, colour, dashes)
+    axes.set_ylim(bottom=0)
+
+
 def _draw_probes(run: _Run, axes: Axes) -> None:
     _title(axes, "probes")
-    looks = {"probe/corloc": ("CorLoc", _BLUE, "-"), "probe/knn": ("neighbours", _ORANGE, "--")}
+    looks = {
+        "probe/corloc": ("CorLoc", _BLUE, "-"),
+        "probe/knn": ("neighbours", _ORANGE, "--"),
+        "probe/ap50": ("AP50", _GREEN, "-"),
+        "probe/ar_100": ("AR@100", _PURPLE, "--"),
+    }
     for name, (label, colour, dashes) in looks.items():
         _line(run, axes, name, label, colour, dashes)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
@@ -208,6 +226,7 @@ _PANELS: tuple[tuple[Callable[[_Run, Axes], None], str], ...] = (
     (_draw_position_error, "train/drloc_error_cells"),
     (_draw_dino_loss, "train/dino"),
     (_draw_collapse, "train/divergence"),
+    (_draw_detection_losses, "train/loss_classifier"),
     (_draw_probes, "probe/corloc"),
     (_draw_learning_rate, "lr"),
     (_draw_gradient_norms, "grad_norm/total"),

@@ -26,10 +26,15 @@ NEVER_DECAYED = (
 
 # A weight of these is a matrix, also where one of its sides is 1.
 _MATRIX_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
 def parameter_groups(
-    module: nn.Module, *, weight_decay: float, lr_scales: Mapping[str, float] | None = None
+    module: nn.Module,
+    *,
+    weight_decay: float,
+    lr_scales: Mapping[str, float] | None = None,
+    decay_biases: bool = False,
 ) -> list[ParameterGroup]:
     """The trainable parameters, grouped by weight decay and learning-rate scale.
 
@@ -41,6 +46,7 @@ def parameter_groups(
         module: everything that is trained, heads of losses included.
         weight_decay: of the decayed groups.
         lr_scales: scale by parameter name; 1 for names it lacks.
+        decay_biases: decay all but the gains and biases of norms, as Detectron2 does.
 
     Raises:
         ValueError: nothing is trainable, or ``lr_scales`` names a parameter there is not.
@@ -49,7 +55,7 @@ def parameter_groups(
     scales = dict(lr_scales or {})
     if unknown := sorted(scales.keys() - names):
         raise ValueError(f"lr_scales names parameters that do not exist: {', '.join(unknown[:3])}")
-    exempt = _exempt_names(module)
+    exempt = _names_in_norms(module) if decay_biases else _exempt_names(module)
     groups: dict[tuple[bool, float], ParameterGroup] = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
@@ -70,6 +76,16 @@ def parameter_groups(
     if not groups:
         raise ValueError("the module must have trainable parameters, it has none")
     return list(groups.values())
+
+
+def _names_in_norms(module: nn.Module) -> set[str]:
+    """Full names of the parameters of norms."""
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, part in module.named_modules()
+        if isinstance(part, _NORMS)
+        for name, _ in part.named_parameters(recurse=False)
+    }
 
 
 def _exempt_names(module: nn.Module) -> set[str]:

@@ -5,6 +5,7 @@ name in ``WeightSchedule``.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 WeightSchedule = Literal["constant", "ramp", "ramp_decay"]
@@ -69,6 +70,34 @@ def warmup_then_cosine(
         return floor
     rest = total_steps - warmup_steps
     return cosine(step - warmup_steps, start=peak, end=floor, total_steps=rest)
+
+
+def warmup_then_milestones(
+    step: int,
+    *,
+    peak: float,
+    milestones: Sequence[int],
+    factor: float = 0.1,
+    warmup_steps: int = 0,
+    warmup_factor: float = 0.001,
+) -> float:
+    """Detectron2's learning rate: a line up to ``peak``, then times ``factor`` at each milestone.
+
+    The warm-up starts at ``warmup_factor`` of the rate and reaches all of it at ``warmup_steps``.
+
+    Raises:
+        ValueError: a number of steps is below 0.
+    """
+    if min(step, warmup_steps, *milestones, 0) < 0:
+        raise ValueError(
+            "step, warmup_steps and milestones must be at least 0, "
+            f"got {step}, {warmup_steps} and {list(milestones)}"
+        )
+    rate = peak * factor ** sum(milestone <= step for milestone in milestones)
+    if step >= warmup_steps:
+        return rate
+    done = step / warmup_steps
+    return rate * (warmup_factor * (1 - done) + done)
 
 
 def warmup_cosine_one_late(

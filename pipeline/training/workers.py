@@ -4,7 +4,7 @@ The group is whoever started it: nobody (a notebook, ``--num-workers 0``), torch
 The loop asks here and never there.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,14 @@ class Workers:
             dist.all_reduce(value)
         return value
 
+    def largest(self, values: Sequence[int]) -> list[int]:
+        """The largest of each value over all workers, on each of them."""
+        if self.size == 1:
+            return list(values)
+        box = torch.tensor(values, device=self.device)
+        dist.all_reduce(box, dist.ReduceOp.MAX)
+        return [int(value) for value in box.tolist()]
+
     def totals(self, values: Mapping[str, float]) -> dict[str, float]:
         """The sums of several numbers, in one exchange; all workers give the same names."""
         names = sorted(values)
@@ -49,6 +57,16 @@ class Workers:
             dist.broadcast_object_list(box, src=0, device=self.device)
             return box[0]
         return value
+
+    def gathered(self, value: Any) -> list[Any]:
+        """What each worker gave, in the order of their ranks, on every worker; anything that
+        pickles.
+        """
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
 
     def wait(self) -> None:
         """Return once all workers are here."""

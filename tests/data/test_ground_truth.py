@@ -53,6 +53,17 @@ def test_voc_reads_size_and_difficult(tmp_path: Path) -> None:
     assert truth.without_difficult().boxes_N4.shape == (2, 4)
 
 
+def test_voc_names_classes_and_numbers_images_by_their_digits(tmp_path: Path) -> None:
+    truth = voc_of(tmp_path, voc_xml(BOX, f"{BOX}<difficult>1</difficult>"), "2008_000021.xml")
+    assert (truth.image_id, truth.classes_N) == (2008000021, ("cat", "cat"))
+    assert truth.without_difficult().classes_N == ("cat",)
+    nameless = voc_xml(BOX).replace("<name>cat</name>", "")
+    truth = voc_of(tmp_path, nameless, "2008_000021.xml")
+    assert truth.classes_N == ()
+    (tmp_path / "2008_000021.xml").unlink()
+    assert voc_of(tmp_path, voc_xml(BOX), "holiday1.xml").image_id is None
+
+
 @pytest.mark.parametrize("size", ["", "<size><width>0</width><height>0</height></size>"])
 def test_voc_size_that_is_not_given_is_unknown(tmp_path: Path, size: str) -> None:
     truth = voc_of(tmp_path, voc_xml(BOX, size=size))
@@ -154,6 +165,27 @@ def test_coco_leaves_crowds_out_and_honours_difficult(tmp_path: Path) -> None:
     assert truth.difficult_N.tolist() == [True, False]
 
 
+def test_coco_keeps_ids_classes_areas_and_crowds_apart(tmp_path: Path) -> None:
+    content = coco_with(category_id=18, area=11.5)
+    more = [
+        {"id": 8, "image_id": 1, "bbox": [0, 0, 4, 2], "category_id": 5, "difficult": 1},
+        {"id": 9, "image_id": 1, "bbox": [1, 1, 5, 5], "category_id": 18, "iscrowd": 1},
+    ]
+    content |= {"annotations": content["annotations"] + more}
+    content |= {"categories": [{"id": 18, "name": "dog"}]}
+    (truth,) = coco_of(tmp_path, content)
+    assert (truth.image_id, truth.classes_N) == (1, ("dog", "5"))
+    assert truth.areas_N is not None
+    assert truth.areas_N.tolist() == [11.5, 8]
+    assert truth.crowds_M4.tolist() == [[1, 1, 6, 6]]
+    easy = truth.without_difficult()
+    assert easy.areas_N is not None
+    assert (easy.classes_N, easy.areas_N.tolist()) == (("dog",), [11.5])
+    assert easy.crowds_M4.shape == (1, 4)
+    (bare,) = coco_of(tmp_path, coco_with())
+    assert bare.classes_N == ()
+
+
 def test_coco_ignores_annotations_of_images_it_does_not_list(tmp_path: Path) -> None:
     (truth,) = coco_of(tmp_path, coco_with(image_id=99))
     assert truth.boxes_N4.shape == (0, 4)
@@ -212,3 +244,5 @@ def test_both_readers_agree_on_real_photos(shared: Path) -> None:
         np.testing.assert_array_equal(found.boxes_N4, expected.boxes_N4)
         np.testing.assert_array_equal(found.difficult_N, expected.difficult_N)
         assert (found.width, found.height) == (expected.width, expected.height)
+        assert found.classes_N == expected.classes_N
+        assert found.image_id == int(Path(found.file_name).stem)

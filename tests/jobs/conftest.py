@@ -82,6 +82,49 @@ class LabelJobs:
         )
 
 
+class DetectJobs(LabelJobs):
+    """The same for detection jobs; what they are given as weights is a detector's folder."""
+
+    def command(self, images: str | Path, output: str | Path, *flags: str) -> list[str]:
+        """The command line of a job over ``images``; a pseudo-label table gives its own images."""
+        source = "--labels" if (Path(images) / "_MANIFEST.json").is_file() else "--images"
+        return [
+            sys.executable,
+            "jobs/detect_images.py",
+            *(source, str(images), "--output", str(output), "--detector", str(self.weights)),
+            *("--tracking-uri", "off"),
+            *flags,
+        ]
+
+
+@pytest.fixture(scope="session")
+def tiny_detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a nano detector as it is before any training, of a second round."""
+    import torch
+
+    from pipeline.detection.detector import build_detector, default_options
+    from pipeline.detection.exported_detector import TestSize, write_detector
+    from pipeline.storage import Location
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        detector = build_detector(default_options("nano", max_detections=20))
+    folder = tmp_path_factory.mktemp("detector")
+    write_detector(
+        detector,
+        Location.parse(str(folder)),
+        size=TestSize(64, 128),
+        classes=["object"],
+        made_by={"config": {"round": 2}},
+    )
+    return folder
+
+
+@pytest.fixture
+def detect_jobs(tiny_detector: Path, tmp_path: Path) -> DetectJobs:
+    return DetectJobs(tiny_detector, tmp_path)
+
+
 @pytest.fixture
 def label_jobs(tiny_weights: Path, tmp_path: Path) -> LabelJobs:
     return LabelJobs(tiny_weights, tmp_path)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tests.conftest import ROOT
 from tests.jobs.conftest import run_script
@@ -225,8 +226,13 @@ def test_released_boxes_of_lost_print_the_published_number(shared: Path) -> None
     result = run(*args)
     assert "CorLoc 61.904 % (3102/5011 images)" in result.stdout
     assert numbers(result)["corloc"] == 61.904
-    easy = numbers(run(*args, "--ignore-difficult"))
+    # As detections: scores of 1, and difficult objects no objects, as in LOST's own tables.
+    detection = numbers(result)["detection"]
+    assert round(detection["ap50"], 1) == 15.6
+    assert (detection["num_objects"], detection["warnings"]) == (12_608, [])
+    easy = numbers(run(*args, "--ignore-difficult", "--difficult", "keep"))
     assert (easy["hits"], easy["corloc"]) == (3065, 61.165)
+    assert easy["detection"]["num_objects"] == 15_662
 
 
 def test_central_box_on_real_photos_is_far_from_nothing(shared: Path, tmp_path: Path) -> None:
@@ -238,3 +244,122 @@ def test_central_box_on_real_photos_is_far_from_nothing(shared: Path, tmp_path: 
     assert found["corloc"] == found["baselines"]["full_image"]["corloc"] == 32.0
     assert found["baselines"]["full_image"]["labels_minus_this_interval"] == [0, 0]
     assert found["baselines"]["central_70"]["corloc"] == 41.0
+
+
+# ---- all boxes against all objects
+
+
+def test_average_precision_names_its_rule_and_repeats_it_in_every_line(
+    labels: Path, truth: Path
+) -> None:
+    # Of 101 recalls 51 are at most a half and 34 at most a third. The near miss on the difficult
+    # object ties with the hit and comes after it, so only the number of objects matters.
+    expected = {"drop": (2, 51 / 101), "ignore": (2, 51 / 101), "keep": (3, 34 / 101)}
+    for rule, (num_objects, ap50) in expected.items():
+        result = run("--labels", labels, "--ground-truth", truth, "--difficult", rule)
+        found = numbers(result)["detection"]
+        assert (found["difficult"], found["num_objects"]) == (rule, num_objects)
+        words = {"drop": "dropped", "ignore": "ignored", "keep": "kept"}[rule]
+        assert f"(difficult objects {words})" in result.stdout
+        assert result.stdout.count(f"difficult objects {words}") == 3
+        assert found["ap50"] == pytest.approx(100 * ap50, abs=1e-3)
+        assert found["ap50_interval"][0] <= found["ap50"] <= found["ap50_interval"][1]
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Three pictures of 100 x 100, two labelled with several boxes and classes, and their truth."""
+    boxes = {1: [[0, 0, 50, 50], [50, 50, 40, 40]], 2: [[10, 10, 60, 60]], 3: []}
+    rows: list[Row] = []
+    annotations: list[dict[str, Any]] = []
+    for number, objects in boxes.items():
+        path = tmp_path / "photos" / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (100, 100), (60, 60, 60 * number)).save(path)
+        corners = [[float(x), float(y), float(x + w), float(y + h)] for x, y, w, h in objects]
+        corners.append([70.0, 0.0, 95.0, 30.0])
+        scores = [0.9 - 0.1 * place for place in range(len(corners))]
+        rows.append(row(path.name, uri=str(path), boxes=corners, scores=scores))
+        rows[-1]["labels"] = [number + place for place in range(len(corners))]
+        annotations += [
+            {"id": len(annotations) + place + 1, "image_id": 40 + number, "bbox": box}
+            | {"category_id": number}
+            for place, box in enumerate(objects)
+        ]
+    write_table(tmp_path / "table", rows)
+    content = {
+        "images": [
+            {"id": 40 + i, "file_name": f"{i}.png", "width": 100, "height": 100} for i in boxes
+        ],
+        "annotations": annotations,
+        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog[x]"}],
+    }
+    (tmp_path / "gt.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+def test_files_hold_the_numbers_the_curve_the_failures_and_the_boxes(photos: Path) -> None:
+    out, boxes = photos / "deep" / "out", photos / "boxes.json"
+    args = ("--labels", photos / "table", "--ground-truth", photos / "gt.json")
+    result = run(*args, "--output", out, "--coco-results", boxes)
+    found = numbers(result)
+    assert result.stderr == ""
+    assert sorted(path.name for path in out.iterdir()) == [
+        "evaluation.json",
+        "precision_recall.png",
+        "worst_cases.png",
+    ]
+    assert json.loads((out / "evaluation.json").read_text()) == found
+    for name in ("precision_recall.png", "worst_cases.png"):
+        with Image.open(out / name) as picture:
+            picture.load()
+    assert found["evaluated_with"]["pycocotools"]
+    assert {len(value) for value in found["detection"]["sha256"].values()} == {64}
+    # 0.9, 0.8 and 0.9 are true; the false ones with 0.9, 0.8 and 0.7 are among them.
+    detection = found["detection"]
+    assert detection["boxes_per_image"]["images_by_num_boxes"] == {"1": 1, "2": 1, "3-4": 1}
+    assert detection["recall_by_num_objects"]["2"]["recall"] == 100
+    entries = json.loads(boxes.read_text())
+    assert [one["image_id"] for one in entries] == [41, 41, 41, 42, 42, 43]
+    assert (entries[1]["bbox"], entries[1]["score"]) == ([50, 50, 40, 40], pytest.approx(0.8))
+
+
+def test_labels_beyond_one_are_matched_with_the_classes(photos: Path) -> None:
+    args = ("--labels", photos / "table", "--ground-truth", photos / "gt.json")
+    result = run(*args)
+    classes = numbers(result)["detection"]["classes"]
+    # The cat's two boxes are in clusters 1 and 2, the dog's one is in cluster 2.
+    assert classes["cluster_of"] == {"cat": 1, "dog[x]": 2}
+    assert classes["ap50"] == {"cat": 50, "dog[x]": 100}
+    assert classes["mean_ap50"] == 75
+    assert "Mean AP50 over classes 75.00 %" in result.stdout
+    assert "dog[x]" in result.stdout
+
+
+def test_one_kind_of_label_is_matched_only_when_asked(labels: Path, truth: Path) -> None:
+    args = ("--labels", labels, "--ground-truth", truth)
+    assert numbers(run(*args))["detection"]["classes"] is None
+    result = run(*args, "--class-aware")
+    assert_one_line(result, 3, "--class-aware: objects of 3 images have no class")
+
+
+def test_output_among_the_labels_is_refused(photos: Path) -> None:
+    table = photos / "table"
+    args = ("--labels", table, "--ground-truth", photos / "gt.json", "--output", table)
+    assert_one_line(run(*args), 2, "--output must not be the table's own folder")
+
+
+def test_numbers_are_recorded_where_asked_and_nowhere_else(photos: Path, mlflow_uri: str) -> None:
+    from pipeline.tracking import connect
+
+    args = ("--labels", photos / "table", "--ground-truth", photos / "gt.json")
+    result = run(*args, "--tracking-uri", mlflow_uri, "--run-name", "measured")
+    found = numbers(result)
+    client, _ = connect(mlflow_uri)
+    (experiment,) = client.search_experiments(filter_string="name = 'patchseed'")
+    (recorded,) = client.search_runs([experiment.experiment_id])
+    assert recorded.info.run_name == "measured"
+    assert recorded.data.metrics["evaluation/detection.ap50"] == found["detection"]["ap50"]
+    assert recorded.data.metrics["evaluation/corloc"] == found["corloc"]
+    assert recorded.data.params["difficult"] == "drop"
+    assert recorded.data.tags["labels.run_id"] == "r1"

@@ -1,0 +1,106 @@
+"""The door of jobs/train_detector.py: a detector's run, and its rounds of self-training."""
+
+import os
+from functools import partial
+from typing import Any
+
+from pipeline.cluster.detect_images import detect_images
+from pipeline.cluster.training import absolute_tracking_uri, run_training, say
+from pipeline.config import DetectJob, TrainDetectorJob
+from pipeline.detection.exported_detector import CONFIG
+from pipeline.detection.run import train_detector_here
+from pipeline.errors import ConfigError
+from pipeline.pretraining.run_folder import RunFolder
+from pipeline.storage import Location
+
+
+def train_detector(job: TrainDetectorJob) -> int:
+    """Train what ``job`` describes, or go on with it, and write the detector to its output.
+
+    Returns:
+        The exit code: 0.
+
+    Raises:
+        PatchseedError: of the kind that errors.py lists; finished windows and rounds are kept.
+    """
+    job = _with_absolute_places(job)
+    if job.rounds > 1 and "WORLD_SIZE" in os.environ:
+        raise ConfigError(
+            f"--rounds must be 1 under torchrun, got {job.rounds}: between rounds the images are "
+            "gone over with Ray; start this job without torchrun"
+        )
+    while True:
+        if job.rounds > 1:
+            say(f"round {job.round} of {job.rounds}")
+        run_training(job, train_detector_here, partial(_finish, job))
+        if job.round == job.rounds:
+            return 0
+        job = _next_round(job)
+
+
+def _finish(job: TrainDetectorJob, folder: RunFolder, summary: dict[str, Any]) -> None:
+    target = Location.parse(job.output)
+    for file in sorted(folder.place.child("model").files(), key=lambda one: one.name == CONFIG):
+        target.child(file.name).write_bytes(file.read_bytes())
+    _tell_results(summary, folder, target)
+
+
+def _next_round(job: TrainDetectorJob) -> TrainDetectorJob:
+    """The job of the round after ``job``: its detections are found, and become labels.
+
+    The network goes on from where the round before ended; DropLoss, which keeps the first rounds
+    from unlearning what has no box yet, is off (CutLER, section 3.3).
+    """
+    folder = RunFolder.of(job).place
+    found = folder.child("detections")
+    detect_images(
+        DetectJob(
+            labels=job.labels,
+            detector=str(folder.child("model")),
+            output=str(found),
+            resume=True,
+            tracking_uri=job.tracking_uri,
+            experiment=job.experiment,
+            debug=job.debug,
+        )
+    )
+    detector = job.detector.model_copy(
+        update={"init": str(folder.child("model")), "droploss": None}
+    )
+    return job.model_copy(
+        update={"round": job.round + 1, "add_labels": str(found), "detector": detector}
+    )
+
+
+def _with_absolute_places(job: TrainDetectorJob) -> TrainDetectorJob:
+    """The job as workers in other folders, and on other machines, understand it."""
+    detector, probe = job.detector, job.probe
+    if os.path.exists(detector.init):
+        detector = detector.model_copy(update={"init": os.path.abspath(detector.init)})
+    if probe.images is not None and probe.ground_truth is not None:
+        places = {
+            "images": str(Location.parse(probe.images)),
+            "ground_truth": str(Location.parse(probe.ground_truth)),
+        }
+        probe = probe.model_copy(update=places)
+    added = None if job.add_labels is None else str(Location.parse(job.add_labels))
+    return job.model_copy(
+        update={
+            "output": str(Location.parse(job.output)),
+            "labels": str(Location.parse(job.labels)),
+            "add_labels": added,
+            "tracking_uri": absolute_tracking_uri(job.tracking_uri),
+            "detector": detector,
+            "probe": probe,
+        }
+    )
+
+
+def _tell_results(summary: dict[str, Any], folder: RunFolder, target: Location) -> None:
+    for name in ("ap50", "ap", "ar_100", "corloc"):
+        value = summary["metrics"].get(f"probe/{name}_last")
+        if value is not None:
+            say(f"{name:8} {value:.2%}")
+    say(f"detector {target}")
+    say(f"figures  {folder.place.child('figures')}")
+    say(f"detect   python jobs/detect_images.py --detector {target} --images ... --output ...")

@@ -1,0 +1,270 @@
+"""A batch of images with boxes, and how a loader process makes one.
+
+Each image is read, held against the size its boxes were made for, and augmented under its own key,
+so neither loader processes nor workers change a number. Images of a batch differ in size: they
+travel in one flat array, because every tensor that crosses processes costs an open file.
+
+The table is in ``box_table.py``, the order in ``box_sampler.py``, the augmentation in
+``box_transform.py``, the loaders in ``box_batches.py``.
+
+Shape letters:  B images   N boxes of an image   M boxes of a batch   H, W rows and columns
+"""
+
+import random
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple, cast
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from pipeline.data.box_merge import merge_boxes
+from pipeline.data.box_sampler import BoxKey, BucketBatchSampler
+from pipeline.data.box_table import BoxTable, TableSource, read_box_table
+from pipeline.data.box_transform import BoxTransform, fixed_size
+from pipeline.data.labelled_images import LabelledImages, decode_rgb, printable
+from pipeline.data.replacements import Fault
+from pipeline.data.seeding import key_of
+from pipeline.data.shared_memory import Packed, pack, unpack
+from pipeline.data.sources import ReadFault, fetch_bytes
+from pipeline.errors import DataError
+
+__all__ = [
+    "BoxBatch",
+    "BoxSample",
+    "BoxSamples",
+    "BoxTable",
+    "BoxTransform",
+    "TableSource",
+    "fixed_size",
+    "merge_boxes",
+    "pack_samples",
+    "read_box_table",
+]
+
+# A store that is gone would otherwise be asked for every image of the table.
+_MOST_IN_A_ROW: Final = 100
+
+
+class BoxSample(NamedTuple):
+    """One image as a detector trains on it."""
+
+    image_3HW: Tensor
+    """uint8, RGB."""
+
+    boxes_N4: Tensor
+    """float32, xyxy in pixels of ``image_3HW``."""
+
+    labels_N: Tensor
+    """int64, at least 1."""
+
+    scores_N: Tensor
+    """float32."""
+
+    key: int
+    """In [0, 2 ** 63): seeds whatever else is random about this image in this step."""
+
+    image_id: str
+    original_width: int
+    original_height: int
+
+
+class Facts(NamedTuple):
+    """What a sample has beside its pixels and boxes."""
+
+    height: int
+    width: int
+    num_boxes: int
+    key: int
+    image_id: str
+    original_width: int
+    original_height: int
+
+
+class BoxBatch(NamedTuple):
+    """One worker's share of a global batch; look at ``samples``."""
+
+    pixels: Tensor
+    """uint8, the images one after the other."""
+
+    boxes_M4: Tensor
+    labels_M: Tensor
+    scores_M: Tensor
+    facts_B: list[Facts]
+    num_global: int
+    """Images of all workers in this step."""
+
+    num_replaced: int
+    """Images that could not be read: another stands in their place, or in evaluation none."""
+
+    first: int = 0
+    """Where in the global batch this share begins; 0 in evaluation."""
+
+    @property
+    def samples(self) -> list[BoxSample]:
+        """The images with their boxes, as views into the batch."""
+        found, pixel, box = [], 0, 0
+        for facts in self.facts_B:
+            end, boxes = pixel + 3 * facts.height * facts.width, slice(box, box + facts.num_boxes)
+            found.append(
+                BoxSample(
+                    self.pixels[pixel:end].view(3, facts.height, facts.width),
+                    self.boxes_M4[boxes],
+                    self.labels_M[boxes],
+                    self.scores_M[boxes],
+                    *facts[3:],
+                )
+            )
+            pixel, box = end, box + facts.num_boxes
+        return found
+
+    @property
+    def labels_B(self) -> list[Tensor]:
+        """The labels of each image: what loaders count images by."""
+        return [sample.labels_N for sample in self.samples]
+
+
+def pack_samples(samples: Sequence[BoxSample]) -> BoxBatch:
+    """The samples as a batch of their own."""
+    return BoxBatch(
+        pixels=torch.cat(
+            [torch.empty(0, dtype=torch.uint8), *(s.image_3HW.flatten() for s in samples)]
+        ),
+        boxes_M4=torch.cat([torch.empty(0, 4), *(s.boxes_N4 for s in samples)]),
+        labels_M=torch.cat([torch.empty(0, dtype=torch.int64), *(s.labels_N for s in samples)]),
+        scores_M=torch.cat([torch.empty(0), *(s.scores_N for s in samples)]),
+        facts_B=[
+            Facts(s.image_3HW.shape[1], s.image_3HW.shape[2], len(s.boxes_N4), *s[4:])
+            for s in samples
+        ],
+        num_global=len(samples),
+        num_replaced=0,
+    )
+
+
+class BoxesLoaded(NamedTuple):
+    """What a loader process sends."""
+
+    batch: BoxBatch
+    faults: Sequence[Fault]
+
+
+class BoxSamples(Dataset[BoxesLoaded | DataError]):
+    """Whole batches by their keys; with a sampler for training, else for evaluation."""
+
+    def __init__(
+        self, table: BoxTable, transform: BoxTransform, *, sampler: BucketBatchSampler | None = None
+    ) -> None:
+        self._table = table
+        self._packed: Packed | None = None
+        self._transform = transform
+        self._replace = sampler is not None
+        self._seed = sampler.seed if sampler else 0
+        self._num_global = sampler.num_global if sampler else None
+        self._first = sampler.first if sampler else 0
+        self.instead = (
+            "the next image of its orientation takes its place" if sampler else "it is left out"
+        )
+
+    def share(self) -> None:
+        """From now on a pickle of this carries the table in shared memory."""
+        # Packing asks nothing of what it packs.
+        self._packed = pack(cast(LabelledImages, self._table))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_table": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._table = cast(BoxTable, unpack(state["_packed"]))
+
+    def __getitems__(self, keys: list[BoxKey]) -> BoxesLoaded | DataError:
+        try:
+            return self._load(keys)
+        except DataError as fault:
+            # Raised in a loader process, torch would put its traceback into the message.
+            return fault
+
+    def _load(self, keys: list[BoxKey]) -> BoxesLoaded:
+        samples: list[BoxSample] = []
+        faults: list[Fault] = []
+        num_replaced = 0
+        # Together, because a store answers many requests in the time of one.
+        files = fetch_bytes([self._table.uri(index) for _, _, index in keys])
+        for (step, place, wanted), data in zip(keys, files, strict=True):
+            index, found = wanted, read_image(self._table, wanted, data)
+            if isinstance(found, Fault):
+                faults.append(found)
+                num_replaced += 1
+                if not self._replace:
+                    continue
+                index, found = self._stand_in(wanted, faults)
+            key = key_of("box sample", self._seed, step, place) >> 1
+            samples.append(self._sample(index, found, key))
+        num_global = self._num_global or len(samples)
+        batch = pack_samples(samples)._replace(
+            num_global=num_global, num_replaced=num_replaced, first=self._first
+        )
+        return BoxesLoaded(batch, faults)
+
+    def _sample(self, index: int, image: Image.Image, key: int) -> BoxSample:
+        table, mine = self._table, self._table.rows(index)
+        image_3HW, boxes_N4 = self._transform(image, table.boxes_M4[mine], random.Random(key))
+        return BoxSample(
+            image_3HW=image_3HW,
+            boxes_N4=torch.from_numpy(boxes_N4),
+            labels_N=torch.from_numpy(table.labels_M[mine].copy()),
+            scores_N=torch.from_numpy(table.scores_M[mine].copy()),
+            key=key,
+            image_id=table.image_id(index),
+            original_width=int(table.width_N[index]),
+            original_height=int(table.height_N[index]),
+        )
+
+    def _stand_in(self, wanted: int, faults: list[Fault]) -> tuple[int, Image.Image]:
+        """The next readable image of the same orientation, wrapping around; notes the others.
+
+        Raises:
+            DataError: there is none, or not soon.
+        """
+        wide_N, tried = self._table.is_wide_N, 1
+        for offset in range(1, len(wide_N)):
+            index = (wanted + offset) % len(wide_N)
+            if wide_N[index] != wide_N[wanted]:
+                continue
+            if tried == _MOST_IN_A_ROW:
+                break
+            (data,) = fetch_bytes([self._table.uri(index)])
+            found = read_image(self._table, index, data)
+            if not isinstance(found, Fault):
+                return index, found
+            faults.append(found)
+            tried += 1
+        raise DataError(
+            f"at least one image of {tried} in a row must be readable, none is "
+            f"({faults[-1].complaint}); mend the files or label the images again"
+        )
+
+
+def read_image(table: BoxTable, index: int, data: bytes | ReadFault) -> Image.Image | Fault:
+    """Image ``index`` from the bytes at its URI; a fault where there are none that can be decoded.
+
+    Raises:
+        DataError: it is not as large as the table says, so its boxes belong to another file.
+    """
+    name = printable(table.uri(index))
+    if isinstance(data, ReadFault):
+        return Fault(name, f"cannot read {name}: {data.reason}")
+    try:
+        image = decode_rgb(data, name)
+    except DataError as fault:
+        return Fault(name, str(fault))
+    expected = int(table.width_N[index]), int(table.height_N[index])
+    if image.size != expected:
+        raise DataError(
+            f"{name} must be {expected[0]}x{expected[1]} pixels as in the table of boxes, got "
+            f"{image.width}x{image.height}: the table was made of another file; label the images "
+            "again"
+        )
+    return image

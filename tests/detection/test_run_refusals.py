@@ -1,0 +1,125 @@
+"""Data a detector cannot learn from, or only just: refused in one line, or warned of."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pipeline.errors import DataError, TrainingDiverged
+from pipeline.pretraining.run_life import Outside
+from tests.detection.runs import (
+    Material,
+    a_job,
+    copy_of,
+    probe_of,
+    rows_of,
+    train,
+    write_material,
+)
+from tests.tables import write_table
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
+    return write_material(tmp_path_factory.mktemp("material"))
+
+
+def harm_table(material: Material) -> None:
+    rows = rows_of(material)
+    for row in rows[:3]:
+        row.update(status="no_object", boxes=None, scores=None)
+    for row in rows[3:]:
+        row.update(boxes=[[5.0, 5.0, 5.0, 9.0]])
+    write_table(material.labels, rows)
+
+
+def take_images_away(material: Material) -> None:
+    for photo in material.photos()[::2]:
+        photo.unlink()
+
+
+def resize_an_image(material: Material) -> None:
+    for photo in material.photos():
+        with Image.open(photo) as image:
+            image.resize((64, 64)).save(photo)
+
+
+REFUSALS: dict[str, tuple[Callable[[Material], None], str]] = {
+    "no usable box": (
+        harm_table,
+        "at least one usable box, got none in 12 rows (left out: images: 9 no_usable_box, "
+        "3 no_object; boxes: 9 degenerate)",
+    ),
+    "half of the images gone": (take_images_away, "max-bad-fraction 0.05 of 16 images"),
+    "images of another size": (resize_an_image, "pixels as in the table of boxes, got 64x64"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_data_that_cannot_be_learnt_from_is_refused_in_one_line_and_leaves_no_folder(
+    material: Material, tmp_path: Path, case: str
+) -> None:
+    mine = copy_of(material, tmp_path)
+    harm, told = REFUSALS[case]
+    harm(mine)
+    job = a_job(mine, tmp_path / "runs")
+    with pytest.raises(DataError) as refused:
+        train(job)
+    assert told in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert list((tmp_path / "runs").glob("*")) == []
+
+
+def test_a_probe_that_knows_none_of_its_photos_is_refused_and_leaves_no_folder(
+    material: Material, tmp_path: Path
+) -> None:
+    truth = json.loads(material.truth.read_text())
+    for image in truth["images"]:
+        image["file_name"] = f"other_{image['id']}.jpg"
+    (tmp_path / "other.json").write_text(json.dumps(truth))
+    probe = probe_of(material) | {"ground_truth": str(tmp_path / "other.json")}
+    with pytest.raises(DataError, match="none of 12 images of"):
+        train(a_job(material, tmp_path / "runs", probe=probe))
+    assert list((tmp_path / "runs").glob("*")) == []
+
+
+def test_missing_images_are_replaced_by_others_up_to_the_fraction(
+    material: Material, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mine = copy_of(material, tmp_path)
+    take_images_away(mine)
+    summary, _ = train(a_job(mine, tmp_path / "runs", data={"max_bad_fraction": 1.0}))
+    assert summary["finished"]
+    told = [one for one in caplog.messages if "takes its place" in one]
+    # Once each by the loader of the steps; that of PreciseBN sees some of them again.
+    assert 6 <= len(told) <= 12
+    assert {Path(one.split(": ")[0].split()[-1]).exists() for one in told} == {False}
+
+
+def test_an_image_that_is_damaged_while_the_run_is_under_way_is_warned_of_with_its_name(
+    material: Material, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mine = copy_of(material, tmp_path)
+    job = a_job(mine, tmp_path / "runs", data={"max_bad_fraction": 1.0})
+    photo = mine.photos()[4]
+
+    def damage(numbers: dict[str, float]) -> None:
+        photo.write_bytes(photo.read_bytes()[:300])
+
+    summary, _ = train(job, Outside(lambda line: None, damage))
+    assert summary["finished"]
+    assert {photo.name in one for one in caplog.messages} == {True}
+    assert "the next image of its orientation takes its place" in caplog.text
+
+
+def test_an_absurd_learning_rate_ends_in_one_line_and_keeps_the_weights_before_it(
+    material: Material, tmp_path: Path
+) -> None:
+    job = a_job(material, tmp_path, optim={"lr": 1e30, "warmup_steps": 0})
+    with pytest.raises(TrainingDiverged) as diverged:
+        train(job)
+    assert diverged.value.exit_code == 8
+    assert "loss or gradient is not finite at epoch 1, step" in str(diverged.value)
+    assert "\n" not in str(diverged.value)
