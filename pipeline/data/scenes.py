@@ -89,12 +89,18 @@ def make_scene(seed: int, *, width: int, height: int, num_objects: int | None = 
 
 
 def write_collection(
-    folder: Path, *, num_scenes: int, seed: int, sizes: Sequence[tuple[int, int]] = SIZES
+    folder: Path,
+    *,
+    num_scenes: int,
+    seed: int,
+    sizes: Sequence[tuple[int, int]] = SIZES,
+    num_objects: Sequence[int | None] = (None,),
 ) -> Path:
     """The path of a new COCO file beside ``images/{landscape,portrait,square}/scene_00000.jpg``.
 
     ``file_name`` is relative to ``folder/images``; boxes are xywh, segmentations uncompressed RLE.
-    The COCO file is written last, so where it is, the collection is whole.
+    The COCO file is written last, so where it is, the collection is whole. The scenes take the
+    ``sizes`` in turn, and the ``num_objects``, which are those of ``make_scene``.
 
     Raises:
         ConfigError: the number of scenes, the seed or a size is outside its range.
@@ -112,7 +118,9 @@ def write_collection(
         width, height = sizes[index % len(sizes)]
         # Children of one seed: collections of neighbouring seeds share no scene.
         child = int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0])
-        scene = make_scene(child, width=width, height=height)
+        scene = make_scene(
+            child, width=width, height=height, num_objects=num_objects[index % len(num_objects)]
+        )
         form = ("portrait", "square", "landscape")[int(np.sign(width - height)) + 1]
         name = f"{form}/scene_{index:05d}.jpg"
         root.child("images").child(name).write_bytes(_jpeg(scene.pixels_HW3))

@@ -29,7 +29,7 @@ from pipeline.tracking import Tracker
 from pipeline.training.workers import Workers
 
 KIND = "detector"
-"""Of these runs, in summaries and MLflow."""
+"""Of these runs, in summaries, in MLflow and in steps that are kept."""
 
 _TOLD = ("probe/ap50", "probe/ap", "probe/ar_100", "probe/corloc")
 _LABELS = "labels.json"
@@ -65,6 +65,8 @@ def train_detector_here(
 @dataclass
 class _Run(TrainingRun):
     """Probes, and the detector written at the end; an epoch is a window of steps."""
+
+    kind = KIND
 
     job: TrainDetectorJob
     setup: DetectorSetup

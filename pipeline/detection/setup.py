@@ -173,6 +173,16 @@ def build(job: TrainDetectorJob, start: Start, *, num_classes: int) -> Detector:
     return detector
 
 
+def build_bare(job: TrainDetectorJob, *, num_classes: int) -> Detector:
+    """The detector as it trains, on the CPU, for weights that come from elsewhere.
+
+    Raises:
+        ConfigError: there is no such detector.
+    """
+    scratch = job.detector.init == _SCRATCH
+    return build_detector(options_of(job, from_scratch=scratch, num_classes=num_classes))
+
+
 def _loader(
     job: TrainDetectorJob, table: BoxTable, workers: Workers, seed: int, steps: int
 ) -> BoxLoader:

@@ -8,7 +8,7 @@ An epoch is a window of steps, not a pass over the images.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,22 @@ from pipeline.training.workers import Workers
 Canvas = tuple[int, int]
 """Height and width."""
 
-Inputs = tuple[list[Tensor], list[dict[str, Tensor]], Canvas]
-"""Images ``(3, H, W)`` in [0, 1], their targets, and what they are padded to at least, as
-``Detector.forward`` takes them."""
+
+class Inputs(NamedTuple):
+    """What one forward pass is computed from, as ``Detector.forward`` takes it."""
+
+    images: list[Tensor]
+    """``(3, H, W)`` in [0, 1], on the device."""
+
+    targets: list[dict[str, Tensor]]
+    canvas: Canvas
+    """What the images are padded to at least."""
+
+
+def losses_of(network: nn.Module, inputs: Inputs) -> Losses:
+    """The four losses; ``network`` is a ``Detector`` in training mode, or a wrapper of it."""
+    found: dict[str, Tensor] = network(*inputs)
+    return Losses(found)
 
 
 @dataclass
@@ -60,8 +73,7 @@ class DetectionTask:
         ]
 
     def losses(self, network: nn.Module, part: Part) -> Losses:
-        found: dict[str, Tensor] = network(*part.inputs)
-        return Losses(found)
+        return losses_of(network, part.inputs)
 
     def constants(self, epoch: int) -> Mapping[str, float]:
         return {}
@@ -94,4 +106,4 @@ def inputs_of(samples: Sequence[BoxSample], canvas: Canvas, device: torch.device
         }
         for sample in samples
     ]
-    return images, targets, canvas
+    return Inputs(images, targets, canvas)

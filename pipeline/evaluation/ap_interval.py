@@ -2,7 +2,9 @@
 
 A box is true or false by its own image alone, so drawing an image twice doubles its boxes and its
 objects and changes no match. AP50 of a resample is then a weighted sum over the boxes sorted once:
-equal to COCOeval's on the images drawn, and in microseconds per thousand boxes.
+equal to COCOeval's on the images drawn, and in microseconds per thousand boxes. (Only where boxes
+of one image have equal scores, whose order means nothing: copies of a box stay together here, while
+COCOeval goes through one copy of the image after the other.)
 
 Shape letters:  N images   D boxes   P true boxes   Q recall points   R resamples
 """

@@ -34,7 +34,7 @@ from pipeline.training.loop import AUTOCAST
 from pipeline.training.workers import Workers
 
 KIND = "classifier"
-"""Of these runs, in summaries and MLflow."""
+"""Of these runs, in summaries, in MLflow and in steps that are kept."""
 
 
 def train_classifier_here(
@@ -65,6 +65,8 @@ def train_classifier_here(
 @dataclass
 class _Run(TrainingRun):
     """Validation, and the model of the best epoch at the end."""
+
+    kind = KIND
 
     job: TrainClassifierJob
     setup: ClassifierSetup

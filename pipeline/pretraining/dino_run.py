@@ -24,7 +24,7 @@ from pipeline.training.loop import Hooks
 from pipeline.training.workers import Workers
 
 KIND = "dino"
-"""Of these runs, in summaries and MLflow."""
+"""Of these runs, in summaries, in MLflow and in steps that are kept."""
 
 
 def pretrain_dino_here(
@@ -57,6 +57,8 @@ def pretrain_dino_here(
 @dataclass
 class _Run(TrainingRun):
     """Probes, and the teacher written at the end."""
+
+    kind = KIND
 
     job: PretrainDinoJob
     setup: DINOSetup

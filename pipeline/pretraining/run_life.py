@@ -1,7 +1,7 @@
 """What every training run goes through, whatever it learns: its tracker, its past, its end.
 
 Rank 0 alone writes; all read the same folder. A kind of run is a ``TrainingRun`` with its own
-``look`` and ``finish`` (classifier_run.py, dino_run.py).
+``kind``, ``look`` and ``finish`` (classifier_run.py, dino_run.py).
 """
 
 import platform
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from pipeline.config import TrainingJob, flatten
 from pipeline.data.pseudo_labels import config_hash
@@ -61,6 +61,9 @@ class Setup(Protocol):
 @dataclass
 class TrainingRun:
     """A run while it trains: what happens after each epoch, and at the end."""
+
+    kind: ClassVar[str]
+    """By which a step that it kept is read (replay/kinds.py)."""
 
     job: Any
     folder: RunFolder
@@ -114,7 +117,8 @@ class TrainingRun:
         self.outside.report(numbers)
 
     def _keep_fault(self, fault: StepFault) -> str:
-        return keep_fault(fault, self.job, self.folder, self.setup.state.objective, self.workers)
+        objective = self.setup.state.objective
+        return keep_fault(fault, self.kind, self.job, self.folder, objective, self.workers)
 
     def publish(
         self, summary: Mapping[str, Any], figures: Mapping[str, bytes], tracker: Tracker

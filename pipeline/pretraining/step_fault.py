@@ -1,40 +1,38 @@
-"""A step that diverged, kept with all that it was computed from (replay.py computes it again).
+"""A step that diverged, kept with all that it was computed from (the room replay/ repeats it).
 
 What is kept: what each part was computed from (the images after augmentation, the mixed labels and
-the pairs; or the crops), all weights and buffers, the job's settings, and, where
+the pairs; the crops; or the boxes), all weights and buffers, the job's settings, and, where
 ``remember_random_states`` was called, torch's random states before each forward pass. Tensors and
 plain values alone: loading such a file runs nothing.
 
-To keep more: a key in ``_content`` or ``_plain``, a field of ``KeptStep`` or ``KeptPart``, and
-another ``_VERSION`` if old files cannot do without it. Another kind of job: replayed_kinds.py.
+To keep more: a key in ``_content`` or ``_plain``, a field of ``KeptStep`` or ``KeptPart``
+(replay/kept_step.py), and another ``VERSION`` if old files cannot do without it. Another kind of
+job: replay/kinds.py.
 """
 
-import io
 import math
-import pickle
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from pipeline.config import TrainingJob
-from pipeline.errors import StorageError, WeightsError
+from pipeline.errors import StorageError
 from pipeline.pretraining.random_states import RandomState, remembered
-from pipeline.pretraining.replayed_kinds import KINDS, Kind, kind_of
 from pipeline.pretraining.run_folder import RunFolder
-from pipeline.storage import Location, one_line
+from pipeline.storage import one_line
 from pipeline.training.loop import Part, StepFault
 from pipeline.training.workers import Workers
 
-_VERSION = 2
+VERSION = 2
+"""Of the file's keys."""
 
 
 def keep_fault(
     fault: StepFault,
+    kind: str,
     job: TrainingJob,
     folder: RunFolder,
     objective: nn.Module,
@@ -44,6 +42,14 @@ def keep_fault(
 
     Rank 0 writes, and each rank whose own losses are not finite. Never raises: a full disk must not
     hide that the training diverged.
+
+    Args:
+        fault: the step.
+        kind: of the run; the one of replay/kinds.py by that name reads the step.
+        job: the run's settings.
+        folder: the run's.
+        objective: with the weights from before the step.
+        workers: this one and the others.
     """
     kept = folder.place.child("step_fault")
     own = all(math.isfinite(value) for losses in fault.losses for value in losses.values())
@@ -52,21 +58,21 @@ def keep_fault(
     place = kept.child(f"rank_{workers.rank:04d}.pt")
     try:
         with place.publishing() as stream:
-            torch.save(_content(fault, job, objective, workers), stream)
+            torch.save(_content(fault, kind, job, objective, workers), stream)
     except Exception as complaint:  # whatever it is, the divergence is what must be told
         return f"The step could not be kept: {one_line(_cause(complaint))}"
     shown = shlex.quote(str(place))
-    return f"The step is kept: python -m pipeline.pretraining.replay {shown}"
+    return f"The step is kept: python -m pipeline.replay {shown}"
 
 
 def _content(
-    fault: StepFault, job: TrainingJob, objective: nn.Module, workers: Workers
+    fault: StepFault, kind: str, job: TrainingJob, objective: nn.Module, workers: Workers
 ) -> dict[str, Any]:
     """Tensors and plain values alone, so that they load without running anything."""
     states = remembered(objective)[-len(fault.parts) :]
     return {
-        "version": _VERSION,
-        "kind": kind_of(job),
+        "version": VERSION,
+        "kind": kind,
         "config": job.model_dump_json(),
         "epoch": fault.key.epoch,
         "step": fault.key.step,
@@ -93,10 +99,16 @@ def _plain(part: Part, losses: Mapping[str, float], state: RandomState | None) -
 
 
 def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """``value`` with its tensors changed; of lists and tuples, also named ones, plain tuples."""
+    """``value`` with its tensors changed, in dicts, lists and tuples too; named tuples lose their
+    names. All else stays as it is.
+    """
     if isinstance(value, Tensor):
         return change(value)
-    if isinstance(value, list | tuple):
+    if isinstance(value, Mapping):
+        return {name: mapped(one, change) for name, one in value.items()}
+    if isinstance(value, list):
+        return [mapped(one, change) for one in value]
+    if isinstance(value, tuple):
         return tuple(mapped(one, change) for one in value)
     return value
 
@@ -108,77 +120,3 @@ def _cause(fault: BaseException) -> BaseException:
         causes.append(before)
     # The last in the chain came first.
     return next((one for one in causes if isinstance(one, StorageError)), causes[-1])
-
-
-@dataclass(frozen=True, eq=False)
-class KeptPart:
-    """A part of the step: what it was computed from, and what came out then."""
-
-    inputs: Any
-    """As the kind's task made them."""
-
-    num_images: int
-    num_global: int
-    losses: dict[str, float]
-    random: RandomState | None
-
-
-@dataclass(frozen=True, eq=False)
-class KeptStep:
-    """What lies in a file that ``keep_fault`` wrote, tensors on the CPU."""
-
-    kind: Kind
-    job: TrainingJob
-    epoch: int
-    step: int
-    rank: int
-    num_workers: int
-    device: str
-    torch: str
-    objective: dict[str, Tensor]
-    parts: list[KeptPart]
-
-
-def load_step(place: Location) -> KeptStep:
-    """The step that was kept.
-
-    Raises:
-        StorageError: the file cannot be read.
-        WeightsError: it is none of ours, or one of another version; nothing in it was run.
-    """
-    try:
-        content = io.BytesIO(place.read_bytes())
-    except OSError as fault:
-        raise StorageError(f"cannot read {place}: {one_line(fault)}; check the path") from fault
-    try:
-        kept = torch.load(content, map_location="cpu", weights_only=True)
-        if kept["version"] != _VERSION:
-            raise ValueError(f"version {kept['version']}, this code reads {_VERSION}")
-        return _as_step(kept)
-    except (ValidationError, ValueError, TypeError, KeyError) as fault:
-        reason = one_line(fault, 160)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as fault:
-        reason = one_line(fault, 160)
-    raise WeightsError(
-        f"{place} is no step of this version that was kept ({reason}); nothing in it was run. Give "
-        "a file of a run's step_fault folder, and the version of Patchseed that wrote it"
-    )
-
-
-def _as_step(kept: Mapping[str, Any]) -> KeptStep:
-    if kept["kind"] not in KINDS:
-        raise ValueError(f"kind {kept['kind']}, this code replays {' and '.join(KINDS)}")
-    kind = KINDS[kept["kind"]]
-    parts = [
-        KeptPart(
-            kind.inputs(*part["inputs"]),
-            part["num_images"],
-            part["num_global"],
-            part["losses"],
-            None if part["random"] is None else RandomState(*part["random"]),
-        )
-        for part in kept["parts"]
-    ]
-    same = ("epoch", "step", "rank", "num_workers", "device", "torch", "objective")
-    job = kind.job.model_validate_json(kept["config"])
-    return KeptStep(kind=kind, job=job, parts=parts, **{name: kept[name] for name in same})

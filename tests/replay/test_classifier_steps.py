@@ -15,11 +15,14 @@ from torch import nn
 
 from pipeline.config import TrainClassifierJob
 from pipeline.errors import ConfigError, StorageError, TrainingDiverged, WeightsError
+from pipeline.pretraining.classifier_run import KIND
 from pipeline.pretraining.classifier_setup import set_up
 from pipeline.pretraining.random_states import remember_random_states
-from pipeline.pretraining.replay import main, rebuild, replay, replay_part
 from pipeline.pretraining.run_folder import RunFolder
-from pipeline.pretraining.step_fault import keep_fault, load_step
+from pipeline.pretraining.step_fault import keep_fault
+from pipeline.replay.__main__ import main
+from pipeline.replay.kept_step import load_step
+from pipeline.replay.replaying import rebuild, replay, replay_part
 from pipeline.storage import Location
 from pipeline.training.loop import Hooks, Part, StepFault, StepKey, train
 from pipeline.training.workers import Workers
@@ -87,7 +90,7 @@ def run_until_fault(job: TrainClassifierJob, poison: Any = None) -> str:
     folder = RunFolder.of(job)
     hooks = Hooks(
         on_epoch_end=lambda epoch, numbers: None,
-        on_fault=lambda fault: keep_fault(fault, job, folder, setup.state.objective, ALONE),
+        on_fault=lambda fault: keep_fault(fault, KIND, job, folder, setup.state.objective, ALONE),
     )
     with pytest.raises(TrainingDiverged) as diverged:
         train(setup.task, setup.state, setup.settings, ALONE, hooks)
@@ -110,7 +113,7 @@ def test_an_absurd_learning_rate_ends_in_one_line_that_says_how_to_replay(
     job = with_(tiny_job, optim={"lr": 1e30, "clip": 0.0, "kind": "sgd"})
     message = run_until_fault(job)
     assert "\n" not in message
-    command = f"python -m pipeline.pretraining.replay {kept_in(job)}"
+    command = f"python -m pipeline.replay {kept_in(job)}"
     assert message.endswith(f"The step is kept: {command}")
     assert main([str(kept_in(job))]) == 8
     told = capsys.readouterr().out
@@ -133,7 +136,7 @@ def test_the_replay_repeats_the_step_to_the_last_digits(
         if key.step == 2:
             fault = StepFault(key, parts[-2:], losses[-2:])
             setup.state.objective.load_state_dict(before[-1])
-            keep_fault(fault, job, RunFolder.of(job), setup.state.objective, ALONE)
+            keep_fault(fault, KIND, job, RunFolder.of(job), setup.state.objective, ALONE)
             raise KeyboardInterrupt
 
     before: list[dict[str, torch.Tensor]] = []
@@ -200,7 +203,7 @@ def test_another_precision_can_make_it_finite(
     parts = setup.task.parts(batch, key)
     fault = StepFault(key, parts, [{"cross_entropy": math.nan}] * len(parts))
     assert "The step is kept" in keep_fault(
-        fault, job, RunFolder.of(job), setup.state.objective, ALONE
+        fault, KIND, job, RunFolder.of(job), setup.state.objective, ALONE
     )
     assert main([str(kept_in(job))]) == 8
     assert "NOT FINITE on cpu in fp16" in capsys.readouterr().out
@@ -225,9 +228,9 @@ def test_other_workers_keep_only_what_is_their_own(
     folder, objective = RunFolder.of(tiny_job), nn.Linear(1, 1)
     other = Workers(3, 4, CPU)
     fine = StepFault(StepKey(0, 0), [], [])
-    assert "Worker 0 keeps" in keep_fault(fine, tiny_job, folder, objective, other)
+    assert "Worker 0 keeps" in keep_fault(fine, KIND, tiny_job, folder, objective, other)
     assert folder.place.child("step_fault").is_empty()
-    assert keep_fault(fine, tiny_job, folder, objective, ALONE).endswith("rank_0000.pt")
+    assert keep_fault(fine, KIND, tiny_job, folder, objective, ALONE).endswith("rank_0000.pt")
 
 
 def test_a_worker_whose_own_losses_are_not_finite_keeps_them(tiny_job: TrainClassifierJob) -> None:
@@ -236,7 +239,7 @@ def test_a_worker_whose_own_losses_are_not_finite_keeps_them(tiny_job: TrainClas
     parts = setup.task.parts(next(iter(setup.task.begin_epoch(0))), key)
     fault = StepFault(key, parts, [{"cross_entropy": math.inf}, {"cross_entropy": 1.0}])
     folder = RunFolder.of(tiny_job)
-    told = keep_fault(fault, tiny_job, folder, setup.state.objective, Workers(3, 4, CPU))
+    told = keep_fault(fault, KIND, tiny_job, folder, setup.state.objective, Workers(3, 4, CPU))
     assert told.endswith("rank_0003.pt")
     step = load_step(folder.place.child("step_fault").child("rank_0003.pt"))
     assert (step.rank, step.num_workers) == (3, 4)
@@ -277,7 +280,7 @@ def test_what_is_no_kept_step_is_refused_in_one_line(
     torch.save({"version": 2}, tmp_path / "half.pt")
     torch.save({"version": 99}, tmp_path / "newer.pt")
     torch.save({"version": 1}, tmp_path / "older.pt")
-    torch.save({"version": 2, "kind": "detector"}, tmp_path / "stranger.pt")
+    torch.save({"version": 2, "kind": "stranger"}, tmp_path / "stranger.pt")
     torch.save([1], tmp_path / "list.pt")
     torch.save({"version": 2, "x": nn.Linear(1, 1)}, tmp_path / "code.pt")
     for name in ("half.pt", "newer.pt", "older.pt", "stranger.pt", "list.pt", "code.pt", *files):

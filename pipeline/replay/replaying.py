@@ -1,10 +1,11 @@
 """Compute a step that diverged again, on any machine, and tell where it stops being finite.
 
-    python -m pipeline.pretraining.replay RUN/step_fault/rank_0000.pt --precision fp32
+    python -m pipeline.replay RUN/step_fault/rank_0000.pt --precision fp32
 
-Each part runs twice, forward and backward: as in training, and in evaluation mode, where nothing is
-random. In training mode dropout and stochastic depth are those of the step, if it is replayed on
-the kind of device it was trained on; else others, which is said. Other precisions, kernels and
+Each part runs twice, forward and backward: as in training, and in evaluation mode, without dropout
+and stochastic depth (a detector draws the same regions in both). In training mode these two are
+those of the step, if it is replayed on the kind of device it was trained on; else others, which is
+said. Other precisions, kernels and
 numbers of threads move the last digits. Not replayed: batch statistics over several workers (here
 each has its own), the loss scaling of fp16, torch.compile (its kernels draw other random numbers),
 and what only other workers saw: they kept a file of their own if their losses were not finite. The
@@ -12,12 +13,10 @@ running statistics of batch norm, which evaluation mode uses, are those after th
 had moved them.
 
 The data set is not needed. To tell more about a pass: a field of ``Pass``, filled in
-``replay_part``. To keep more of a step: step_fault.py. Another kind of job: replayed_kinds.py.
+``replay_part``. To keep more of a step: pretraining/step_fault.py. Another kind of job: kinds.py.
 """
 
-import argparse
 import math
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,12 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import ConfigError, PatchseedError, TrainingDiverged, WeightsError
-from pipeline.pretraining.step_fault import KeptPart, KeptStep, load_step, mapped
-from pipeline.storage import Location, one_line, without_secrets
+from pipeline.errors import WeightsError
+from pipeline.pretraining.step_fault import mapped
+from pipeline.replay.kept_step import KeptPart, KeptStep
+from pipeline.storage import one_line
 from pipeline.training.loop import AUTOCAST, seed_epoch
-
-__all__ = ["Pass", "main", "rebuild", "replay", "replay_part"]
 
 # One screen: so many parts and names are told, the others counted.
 _MOST_PARTS, _MOST_NAMES = 2, 3
@@ -43,7 +41,7 @@ def rebuild(step: KeptStep) -> nn.Module:
         ConfigError: this version cannot build the job's network.
         WeightsError: it builds another one.
     """
-    objective = step.kind.build(step.job, step.parts[0].inputs)
+    objective = step.kind.build(step.job, step.parts[0].inputs, step.objective)
     try:
         objective.load_state_dict(step.objective)
     except RuntimeError as fault:
@@ -180,6 +178,7 @@ def replay(step: KeptStep, device: torch.device, precision: str) -> tuple[list[s
     """
     objective = rebuild(step).to(device)
     same = all(_has_random_state(part, device) for part in step.parts)
+    same = same or step.kind.draws_by_keys
     lines = [*_told_of_step(step), f"again on {device.type} in {precision}"]
     lines[-1] += ", with the random numbers of then" if same else ", with other random numbers"
     num_told = num_bad = 0
@@ -255,36 +254,3 @@ def _counted(bad: Sequence[str], total: int) -> str:
         return f"all {total} finite"
     more = f" and {len(bad) - _MOST_NAMES} more" if len(bad) > _MOST_NAMES else ""
     return f"{len(bad)} of {total} not finite: {', '.join(bad[:_MOST_NAMES])}{more}"
-
-
-def main(args: Sequence[str] | None = None) -> int:
-    """Replay from the command line; the exit code is 0 where all is finite, 8 where it is not."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.pretraining.replay",
-        description="Compute a step that diverged again, and tell where it stops being finite.",
-    )
-    parser.add_argument("path", help="the file that the run's last message named")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda; default: cpu")
-    parser.add_argument("--precision", choices=AUTOCAST, help="default: as it was trained")
-    given = parser.parse_args(args)
-    try:
-        device = _device(given.device)
-        step = load_step(Location.parse(given.path))
-        lines, is_finite = replay(step, device, given.precision or step.job.precision)
-    except PatchseedError as fault:
-        sys.stderr.write(f"{type(fault).__name__}: {without_secrets(str(fault))}\n")
-        return fault.exit_code
-    sys.stdout.write("\n".join(lines) + "\n")
-    return 0 if is_finite else TrainingDiverged.exit_code
-
-
-def _device(name: str) -> torch.device:
-    if name.split(":")[0] not in ("cpu", "cuda"):
-        raise ConfigError(f"--device must be cpu or cuda, got {name}")
-    if name != "cpu" and not torch.cuda.is_available():
-        raise ConfigError(f"--device {name}: torch finds no GPU here; use --device cpu")
-    return torch.device(name)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

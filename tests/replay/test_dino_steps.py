@@ -12,12 +12,14 @@ from torch import nn
 from pipeline.config import PretrainDinoJob
 from pipeline.errors import TrainingDiverged
 from pipeline.pretraining import dino_run
-from pipeline.pretraining.dino_run import pretrain_dino_here
+from pipeline.pretraining.dino_run import KIND, pretrain_dino_here
 from pipeline.pretraining.dino_setup import DINOSetup, set_up
-from pipeline.pretraining.replay import main, rebuild, replay, replay_part
 from pipeline.pretraining.run_folder import RunFolder
 from pipeline.pretraining.run_life import Outside
-from pipeline.pretraining.step_fault import KeptStep, keep_fault, load_step
+from pipeline.pretraining.step_fault import keep_fault
+from pipeline.replay.__main__ import main
+from pipeline.replay.kept_step import KeptStep, load_step
+from pipeline.replay.replaying import rebuild, replay, replay_part
 from pipeline.storage import Location
 from pipeline.training.loop import Hooks, Losses, Part, StepFault, StepKey, train
 from pipeline.training.workers import Workers
@@ -109,7 +111,7 @@ def third_step(
         setup.task.before_update(key)
         if key.step == 2:
             fault = StepFault(key, parts[-2:], losses[-2:])
-            keep_fault(fault, job, RunFolder.of(job), setup.state.objective, ALONE)
+            keep_fault(fault, KIND, job, RunFolder.of(job), setup.state.objective, ALONE)
             raise KeyboardInterrupt
 
     setup.task.losses = watched  # type: ignore[method-assign]
@@ -130,7 +132,7 @@ def test_an_absurd_learning_rate_ends_in_one_line_that_says_how_to_replay(
     job = tiny_job.model_copy(update={"optim": optim})
     message = run_until_fault(job)
     assert "\n" not in message
-    command = f"python -m pipeline.pretraining.replay {kept_in(job)}"
+    command = f"python -m pipeline.replay {kept_in(job)}"
     assert message.endswith(f"The step is kept: {command}")
     assert main([str(kept_in(job))]) == 8
     told = capsys.readouterr().out
@@ -199,6 +201,6 @@ def test_a_compiled_run_replays_uncompiled(tiny_job: PretrainDinoJob) -> None:
     key = StepKey(0, 0)
     parts = setup.task.parts(next(iter(setup.task.begin_epoch(0))), key)
     fault = StepFault(key, parts, [{"dino": 1.0}] * len(parts))
-    keep_fault(fault, job, RunFolder.of(job), setup.state.objective, ALONE)
+    keep_fault(fault, KIND, job, RunFolder.of(job), setup.state.objective, ALONE)
     objective = rebuild(load(job))
     assert all(module._compiled_call_impl is None for module in objective.modules())
