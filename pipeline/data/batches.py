@@ -13,20 +13,21 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.context import BaseContext
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch.utils.data import DataLoader
 
 from pipeline.data.labelled_images import LabelledImages
 from pipeline.data.replacements import Fault, read_or_replace, read_or_skip
-from pipeline.data.samples import Batch, Loaded, Samples, Transform, micro_batches
-from pipeline.data.sharding import Key, ShardedBatchSampler
+from pipeline.data.samples import Batch, Samples, Transform, micro_batches
+from pipeline.data.sharding import ShardedBatchSampler
 from pipeline.errors import DataError
 
 __all__ = [
     "Batch",
     "BatchLoader",
+    "EpochLoader",
     "LoaderOptions",
     "ShardedBatchSampler",
     "eval_loader",
@@ -60,7 +61,42 @@ def num_loaders(wanted: int | None) -> int:
     return min(4, len(os.sched_getaffinity(0))) if wanted is None else wanted
 
 
-class BatchLoader:
+class AnyBatch(Protocol):
+    """What must be known of a batch to hand it on."""
+
+    @property
+    def num_replaced(self) -> int:
+        """Images that could not be read."""
+
+    @property
+    def num_images(self) -> int:
+        """Of this worker; an empty batch is not handed on."""
+
+
+B = TypeVar("B", bound=AnyBatch)
+
+
+class AnySamples(Protocol):
+    """A map-style data set whose ``__getitems__`` gives a batch with its faults, or a DataError."""
+
+    instead: str
+    """What becomes of an unreadable image, for people."""
+
+    def share(self) -> None:
+        """Put what is large where all loader processes see it."""
+
+
+class Order(Protocol):
+    """Keys of the images of each batch; one of training also has ``set_epoch``."""
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        """A batch after the other."""
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+
+
+class EpochLoader(Generic[B]):
     """An epoch of batches per iteration; unreadable files are warned of once each, with name.
 
     Iterating raises DataError where too many images, or all of a class, cannot be read.
@@ -68,8 +104,8 @@ class BatchLoader:
 
     def __init__(
         self,
-        samples: Samples,
-        batch_sampler: ShardedBatchSampler | Sequence[list[Key]],
+        samples: AnySamples,
+        batch_sampler: Order,
         *,
         num_samples: int,
         options: LoaderOptions,
@@ -80,8 +116,8 @@ class BatchLoader:
         self._max_bad_fraction = options.max_bad_fraction
         if options.num_workers:
             samples.share()
-        self._loader: Iterable[Loaded | DataError] = DataLoader(
-            samples,
+        loader: Any = DataLoader(
+            samples,  # type: ignore[arg-type]  # torch would have it derive from its Dataset
             batch_sampler=batch_sampler,
             collate_fn=_as_it_is,
             num_workers=options.num_workers,
@@ -93,19 +129,20 @@ class BatchLoader:
             # of its own it would come from the global stream of the training process.
             generator=torch.Generator(),
         )
+        self._loader: Iterable[tuple[B, list[Fault]] | DataError] = loader
         self._instead = samples.instead
         self._warned: set[str] = set()
 
     def set_epoch(self, epoch: int) -> None:
         """Which epoch the next iteration is; evaluation has no epochs."""
-        if isinstance(self._batch_sampler, ShardedBatchSampler):
+        if hasattr(self._batch_sampler, "set_epoch"):
             self._batch_sampler.set_epoch(epoch)
 
     def __len__(self) -> int:
         """Batches of an iteration."""
         return len(self._batch_sampler)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[B]:
         num_bad = 0
         for loaded in self._loader:
             # Returned, not raised by the process: torch would put its traceback into the message.
@@ -121,7 +158,7 @@ class BatchLoader:
                     f"{self._num_samples} images cannot be read: {num_bad} so far, the last: "
                     f"{faults[-1][1]}; or raise max-bad-fraction: the run then goes on"
                 )
-            if len(batch.labels_B):
+            if batch.num_images:
                 yield batch
 
     def _warn(self, faults: Sequence[Fault]) -> None:
@@ -129,6 +166,10 @@ class BatchLoader:
             if name not in self._warned:
                 self._warned.add(name)
                 _LOG.warning("%s; %s", complaint, self._instead)
+
+
+class BatchLoader(EpochLoader[Batch]):
+    """Of labelled images."""
 
 
 def train_loader(

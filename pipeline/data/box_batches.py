@@ -1,14 +1,11 @@
 """Batches of images with boxes for one worker; the detector's counterpart of ``batches.py``.
 
 Loader processes, pinned memory, warnings of unreadable files and the limit on them are those of
-``batches.BatchLoader``. What a batch is: ``box_samples.py``; which images: ``box_sampler.py``.
+``batches.EpochLoader``. What a batch is: ``box_samples.py``; which images: ``box_sampler.py``.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any, cast
-
-from pipeline.data.batches import BatchLoader, LoaderOptions
-from pipeline.data.box_sampler import BoxKey, BucketBatchSampler
+from pipeline.data.batches import EpochLoader, LoaderOptions
+from pipeline.data.box_sampler import BucketBatchSampler
 from pipeline.data.box_samples import BoxBatch, BoxSamples
 from pipeline.data.box_table import BoxTable
 from pipeline.data.box_transform import BoxTransform
@@ -16,39 +13,12 @@ from pipeline.data.box_transform import BoxTransform
 __all__ = ["BoxBatch", "BoxLoader", "LoaderOptions", "eval_box_loader", "train_box_loader"]
 
 
-class BoxLoader:
+class BoxLoader(EpochLoader[BoxBatch]):
     """An epoch of batches per iteration; unreadable files are warned of once each, with name.
 
     Iterating raises DataError where too many images cannot be read, or one is not the file that
     the boxes were made of.
     """
-
-    def __init__(
-        self,
-        samples: BoxSamples,
-        batches: BucketBatchSampler | Sequence[list[BoxKey]],
-        *,
-        num_samples: int,
-        options: LoaderOptions,
-    ) -> None:
-        """Use ``train_box_loader`` or ``eval_box_loader``."""
-        self._batches = batches
-        # It looks at nothing in which these differ from a classifier's.
-        self._loader = BatchLoader(
-            cast(Any, samples), cast(Any, batches), num_samples=num_samples, options=options
-        )
-
-    def set_epoch(self, epoch: int) -> None:
-        """Which window of the steps the next iteration is; evaluation has no epochs."""
-        if isinstance(self._batches, BucketBatchSampler):
-            self._batches.set_epoch(epoch)
-
-    def __len__(self) -> int:
-        """Batches of an iteration."""
-        return len(self._loader)
-
-    def __iter__(self) -> Iterator[BoxBatch]:
-        return cast(Iterator[BoxBatch], iter(self._loader))
 
 
 def train_box_loader(

@@ -120,9 +120,8 @@ class BoxBatch(NamedTuple):
         return found
 
     @property
-    def labels_B(self) -> list[Tensor]:
-        """The labels of each image: what loaders count images by."""
-        return [sample.labels_N for sample in self.samples]
+    def num_images(self) -> int:
+        return len(self.facts_B)
 
 
 def pack_samples(samples: Sequence[BoxSample]) -> BoxBatch:

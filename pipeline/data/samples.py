@@ -38,6 +38,10 @@ class Batch(NamedTuple):
     num_replaced: int
     """Images that could not be read: another stands in their place, or in evaluation none."""
 
+    @property
+    def num_images(self) -> int:
+        return len(self.labels_B)
+
     first: int = 0
     """Where in the global batch this slice begins; 0 in evaluation."""
 

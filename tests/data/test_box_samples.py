@@ -263,7 +263,7 @@ def test_bad_files_in_a_row_are_passed_over_and_the_search_wraps_around(folder: 
 def test_too_many_bad_files_end_the_run_with_one_line(folder: Path, num_workers: int) -> None:
     for number in (5, 7, 8):
         (folder / f"{number:02}.png").unlink()
-    with pytest.raises(DataError, match=r"more than --data\.max-bad-fraction 0\.05 of 20") as e:
+    with pytest.raises(DataError, match=r"more than max-bad-fraction 0\.05 of 20") as e:
         batches(table_in(folder), 0, max_bad_fraction=0.05, num_workers=num_workers)
     assert "\n" not in str(e.value)
 
@@ -333,9 +333,7 @@ def test_a_batch_that_crosses_processes_is_four_arrays(folder: Path) -> None:
     (batch,) = batches(table_in(folder), 0, steps=1)
     assert sum(isinstance(part, torch.Tensor) for part in batch) == 4
     assert plain_all([pickle.loads(pickle.dumps(batch))]) == plain_all([batch])
-    assert [len(labels_N) for labels_N in batch.labels_B] == [
-        len(sample.boxes_N4) for sample in batch.samples
-    ]
+    assert batch.num_images == len(batch.samples) > 0
 
 
 # Evaluation.
