@@ -307,6 +307,8 @@ def job_of(settings: Settings, root: Path) -> Job:
     flags: dict[str, object] = {
         "preset": settings.preset,
         "images": root,
+        "epochs": settings.job_epochs,
+        "optim.warmup-epochs": 0,
         "loader-workers": settings.loader_workers,
         "precision": settings.precision,
     }
@@ -316,7 +318,6 @@ def job_of(settings: Settings, root: Path) -> Job:
         script="pretrain_dino.py",
         flags=flags,
         batch_size=settings.batch_size,
-        epochs=settings.job_epochs,
         threads=settings.job_threads,
         use_gpu=settings.device == "cuda",
     )

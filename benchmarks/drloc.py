@@ -165,9 +165,10 @@ def job_of(settings: Settings, root: Path) -> Job:
             "data.loader-workers": settings.loader_workers,
             "model.name": settings.data_name,
             "model.image-size": settings.data_size,
+            "epochs": settings.job_epochs,
+            "optim.warmup-epochs": 0,
         },
         batch_size=settings.data_batch,
-        epochs=settings.job_epochs,
         threads=settings.job_threads,
         use_gpu=settings.device == "cuda",
     )

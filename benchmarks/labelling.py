@@ -12,11 +12,9 @@ Read from pixels in memory, because decoding is the same work for all; (e) reads
 """
 
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
@@ -27,19 +25,17 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor, nn
 
+from benchmarks.bulk_jobs import ray_seconds_per_image, repeated_inputs
 from benchmarks.timing import best_seconds, print_table, write_json
 from pipeline.boxes import aligned_iou
-from pipeline.cluster.label_blocks import LabelPlan, label_blocks
 from pipeline.cluster.recipes import PseudoBoxes
 from pipeline.config import BackboneConfig, ComputeConfig, ImagesConfig
-from pipeline.data.label_pass import LabelPass
-from pipeline.data.lake import INPUT_SCHEMA, Collection
+from pipeline.data.lake import Collection
 from pipeline.data.pixels import load_pixels, pixels_of_row
 from pipeline.labelling import Method, Provenance, PseudoBoxLabeller
 from pipeline.localization.localize import localize
 from pipeline.models.backbones import Weights, build_backbone, load_weights
 from pipeline.models.features import NORMALIZATIONS, PatchFeatures, normalize_and_pad
-from pipeline.storage import Location
 
 
 @dataclass(frozen=True)
@@ -110,28 +106,16 @@ def published_vit(settings: Settings, weights: Weights | None) -> Any:
     return vit
 
 
-def ray_seconds_per_image(settings: Settings, weights: Weights) -> float:
-    """Time per image between the first finished block and the last."""
-    chunks = pa.concat_tables(list(Collection(settings.images).chunks()))
-    # The same images over again where there are too few: every one is read and decoded anew.
-    rows = [row % chunks.num_rows for row in range(settings.num_images_ray)]
-    inputs = chunks.take(rows).cast(INPUT_SCHEMA)
-    method = Method(normalize=settings.normalize)
+def job_seconds_per_image(settings: Settings, weights: Weights) -> float:
+    """(e)"""
     backbone = BackboneConfig(name=settings.name, feature=settings.feature, block=settings.block)
-    with TemporaryDirectory() as folder:
-        sweep = LabelPass(Location.parse(folder), {})
-        sweep.freeze_inputs(iter([inputs]), block_size=ComputeConfig().block_size)
-        compute = ComputeConfig(num_actors=settings.threads)
-        provenance = Provenance("benchmark", "", weights.sha256)
-        recipe = PseudoBoxes(backbone, weights, method)
-        plan = LabelPlan(sweep, recipe, provenance, ImagesConfig(), compute)
-        moments = []
-        for receipt in label_blocks(plan, list(range(len(sweep.sizes())))):
-            moments.append((time.perf_counter(), receipt.rows))
-    # The first block of every actor still carries its start-up.
-    started = settings.threads
-    seconds = moments[-1][0] - moments[started - 1][0]
-    return seconds / sum(rows for _, rows in moments[started:])
+    return ray_seconds_per_image(
+        PseudoBoxes(backbone, weights, Method(normalize=settings.normalize)),
+        repeated_inputs(Collection(settings.images).chunks(), settings.num_images_ray),
+        Provenance("benchmark", "", weights.sha256),
+        ImagesConfig(),
+        ComputeConfig(num_actors=settings.threads),
+    )
 
 
 def boxes_of(table: pa.Table) -> NDArray[np.float64]:
@@ -185,7 +169,7 @@ def main(settings: Settings) -> None:
         "post": lambda: [localize(features.tokens_BHWD) for features in kept],
     }
     seconds = {n: s / len(images) for n, s in best_seconds(ways, settings.rounds).items()}
-    seconds["e"] = ray_seconds_per_image(settings, weights)
+    seconds["e"] = job_seconds_per_image(settings, weights)
     overlap = aligned_iou(boxes_of(ours(decoded)), boxes_of(half(decoded)))
     report(settings, len(images), seconds, overlap)
 

@@ -140,7 +140,7 @@ def measured(table: Path, collection: Collection, output: Path) -> dict[str, Any
 
 def job(name: str, *flags: str) -> None:
     """Run a job of this repository; its lines go where ours go."""
-    print(f"$ python jobs/{name}.py {shlex.join(flags)}", flush=True)  # noqa: T201
+    print(f"$ python jobs/{name}.py {shlex.join(flags)}", flush=True)
     subprocess.run([sys.executable, f"jobs/{name}.py", *flags], check=True)
 
 

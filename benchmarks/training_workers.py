@@ -151,7 +151,6 @@ class Job:
     """Its own; what every job is told is added."""
 
     batch_size: int
-    epochs: int
     threads: int
     use_gpu: bool
 
@@ -185,9 +184,7 @@ class Job:
         flags = {
             **self.flags,
             "output": output,
-            "epochs": self.epochs,
             "batch-size": self.batch_size,
-            "optim.warmup-epochs": 0,
             "num-workers": num_workers,
             "cpus-per-worker": self.threads,
             "tracking-uri": "off",
