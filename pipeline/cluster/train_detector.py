@@ -1,13 +1,15 @@
 """The door of jobs/train_detector.py: a detector's run, and its rounds of self-training."""
 
 import os
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 from pipeline.cluster.detect_images import detect_images
 from pipeline.cluster.training import absolute_tracking_uri, run_training, say
 from pipeline.config import DetectJob, TrainDetectorJob
-from pipeline.detection.exported_detector import CONFIG
+from pipeline.detection.exported_detector import CONFIG, read_detector
+from pipeline.detection.onnx_export import export_detector_onnx
 from pipeline.detection.run import train_detector_here
 from pipeline.errors import ConfigError
 from pipeline.pretraining.run_folder import RunFolder
@@ -40,9 +42,29 @@ def train_detector(job: TrainDetectorJob) -> int:
 
 def _finish(job: TrainDetectorJob, folder: RunFolder, summary: dict[str, Any]) -> None:
     target = Location.parse(job.output)
+    _copy_detector(folder, target)
+    if job.export is not None and job.round == job.rounds:
+        for line in _export(folder, Location.parse(job.export), onnx=job.onnx):
+            say(line)
+    _tell_results(summary, folder, target)
+
+
+def _copy_detector(folder: RunFolder, target: Location) -> None:
     for file in sorted(folder.place.child("model").files(), key=lambda one: one.name == CONFIG):
         target.child(file.name).write_bytes(file.read_bytes())
-    _tell_results(summary, folder, target)
+
+
+def _export(folder: RunFolder, target: Location, *, onnx: bool) -> Iterator[str]:
+    """Write the run's detector to ``target``; a line for each thing written."""
+    _copy_detector(folder, target)
+    yield f"exported {target}"
+    if onnx:
+        check = export_detector_onnx(read_detector(target), target)
+        yield (
+            f"exported {check.file}: {check.num_detections} boxes on {check.num_images} images "
+            f"differ by at most {check.max_box_difference:.1e} px from the detector's, "
+            f"{check.num_unlike} have no partner"
+        )
 
 
 def _next_round(job: TrainDetectorJob) -> TrainDetectorJob:
@@ -89,6 +111,7 @@ def _with_absolute_places(job: TrainDetectorJob) -> TrainDetectorJob:
             "output": str(Location.parse(job.output)),
             "labels": str(Location.parse(job.labels)),
             "add_labels": added,
+            "export": None if job.export is None else str(Location.parse(job.export)),
             "tracking_uri": absolute_tracking_uri(job.tracking_uri),
             "detector": detector,
             "probe": probe,

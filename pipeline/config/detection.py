@@ -19,14 +19,16 @@ class DetectorConfig(Settings):
     """c4 as LOST trains it; fpn is faster and sees smaller objects; nano is for trying things."""
 
     backbone: str | None = None
-    """resnet50, resnet34, resnet18 or resnet10."""
+    """resnet50, resnet34, resnet18 or resnet10; with fpn also timm/NAME, such as
+    timm/convnext_tiny."""
 
     init: str = "dino"
-    """dino, imagenet (both ResNet-50, from the hub), none, a file of ResNet weights, or the folder
-    of a detector to go on from."""
+    """dino, imagenet (both ResNet-50, from the hub), timm (the published weights of timm/NAME),
+    none, a file of the backbone's weights, or the folder of a detector to go on from."""
 
     norm: Literal["batch", "pooled", "frozen"] = "pooled"
-    """Batch norm of each worker, over all workers' images (SyncBN), or fixed."""
+    """Batch norm of each worker, over all workers' images (SyncBN), or fixed; other norms of
+    timm/NAME stay as they are."""
 
     freeze_at: Annotated[int, Field(ge=0, le=5)] | None = None
     """Groups of layers that do not learn: 1 the stem, 2 layer1 too; none where weights start from
@@ -50,6 +52,25 @@ class DetectorConfig(Settings):
 
     nms: Probability | None = None
     """Of two detections that overlap more than this IoU the better one stays."""
+
+    @model_validator(mode="after")
+    def _weights_belong_to_the_backbone(self) -> "DetectorConfig":
+        on_timm = (self.backbone or "").startswith("timm/")
+        if on_timm and self.kind != "fpn":
+            raise ValueError(
+                f"--detector.backbone {self.backbone} needs --detector.kind fpn, got {self.kind}"
+            )
+        if on_timm and self.init in ("dino", "imagenet"):
+            raise ValueError(
+                f"--detector.init {self.init} is a ResNet-50: with --detector.backbone "
+                f"{self.backbone} give timm, none, or a file"
+            )
+        if self.init == "timm" and not on_timm:
+            raise ValueError(
+                "--detector.init timm needs --detector.backbone timm/NAME, got "
+                f"{self.backbone or 'none'}"
+            )
+        return self
 
 
 class BoxDataConfig(Settings):
@@ -147,6 +168,12 @@ class TrainDetectorJob(TrainingJob):
 
     labels: str
     """Pseudo-label table (folder); its images are found through its URIs."""
+
+    export: str | None = None
+    """Also write model.safetensors, config.json and model.onnx here."""
+
+    onnx: bool = True
+    """Make the export hold an ONNX file, compared with the detector before it is kept."""
 
     add_labels: str | None = None
     """Table of detections on the same images, to be merged with the labels."""

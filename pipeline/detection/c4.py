@@ -37,6 +37,9 @@ NORM_LAYERS: Final[dict[str, NormLayer]] = {
     "frozen": FrozenBatchNorm2d,
 }
 
+PYRAMID_CHANNELS: Final = 256
+"""Of every map of a pyramid."""
+
 STRIDES: Final = {"layer1": 4, "layer2": 8, "layer3": 16, "layer4": 32}
 """Image pixels per cell after each stage."""
 
@@ -45,7 +48,9 @@ STRIDES: Final = {"layer1": 4, "layer2": 8, "layer3": 16, "layer4": 32}
 class ResNetPlan:
     """Which ResNet: the published ones have both widths 64."""
 
-    name: BackboneName = "resnet50"
+    name: str = "resnet50"
+    """One of ``BLOCKS``."""
+
     norm: Norm = "batch"
     width: int = 64
     """Channels inside the blocks of the first stage; doubled by each further one."""
@@ -132,7 +137,7 @@ def pyramid(plan: ResNetPlan, *, freeze_at: int) -> nn.Module:
     trunk = Trunk(plan, num_stages=4, freeze_at=freeze_at)
     levels = {layer: str(level) for level, layer in enumerate(STRIDES)}
     channels = [plan.channels(number) for number in range(1, 5)]
-    neck: nn.Module = BackboneWithFPN(trunk, levels, channels, out_channels=256)
+    neck: nn.Module = BackboneWithFPN(trunk, levels, channels, out_channels=PYRAMID_CHANNELS)
     return neck
 
 

@@ -4,7 +4,8 @@
     losses = detector(images, targets)  # in training; in evaluation detector(images)
 
 Detectron2's R50-C4 with LOST's norm after ``layer4`` is ``default_options("c4")``; ``nano`` is its
-narrow sister for tests. To add a kind: a function beside ``_c4``, and see ``options.py``.
+narrow sister for tests; ``fpn`` also stands on timm's networks. To add a kind: a function beside
+``_c4``, and see ``options.py``.
 
 Shape letters:  H, W rows and columns   N boxes
 """
@@ -19,16 +20,17 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from pipeline.detection.anchors import FixedStrideAnchors
-from pipeline.detection.c4 import STRIDES, Res5Head, ResNetPlan, Trunk
+from pipeline.detection.c4 import PYRAMID_CHANNELS, STRIDES, Res5Head, ResNetPlan, Trunk
 from pipeline.detection.c4 import pyramid as build_pyramid
 from pipeline.detection.heads import AlignedPool, BoxHeads, BoxPredictor, LossRules
 from pipeline.detection.options import FPN_STRIDES, DetectorOptions, default_options
 from pipeline.detection.proposals import ProposalHead, ProposalNetwork
+from pipeline.detection.timm_pyramid import TIMM, TimmPyramid
 from pipeline.models.checkpoints import fit_state_dict
+from pipeline.models.features import NORMALIZATIONS
 
 __all__ = ["Detector", "DetectorOptions", "build_detector", "default_options", "initialise"]
 
-_MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _FPN_WIDTH = 1024
 
 
@@ -79,18 +81,16 @@ def build_detector(
 
     Args:
         options: what to build.
-        weights: of a ResNet, see ``initialise``.
+        weights: of its backbone, see ``initialise``.
         source: where they come from, for the message.
 
     Raises:
+        ConfigError: the backbone is no network of timm's, or unfit for a pyramid.
         WeightsError: the weights do not fit.
     """
-    plan = ResNetPlan(options.backbone, options.norm, options.width, options.stem_width)
-    parts = _fpn(options, plan) if options.kind == "fpn" else _c4(options, plan)
+    parts = _fpn(options) if options.kind == "fpn" else _c4(options)
     rpn = _proposal_network(options, parts)
-    detector = Detector(
-        parts.backbone, rpn, _box_heads(options, parts), _Normalise(options.size_divisible)
-    )
+    detector = Detector(parts.backbone, rpn, _box_heads(options, parts), _Normalise(options))
     detector.options = options
     if weights is not None:
         initialise(detector, weights, source)
@@ -98,19 +98,24 @@ def build_detector(
 
 
 def initialise(detector: Detector, state_dict: Mapping[str, Tensor], source: str) -> None:
-    """Give the detector a ResNet's weights, ``layer4`` to the head; its classifier is left out.
+    """Give the detector its backbone's weights, a ResNet's ``layer4`` to the head of a C4.
 
-    What the ResNet lacks (proposals, extra norm, predictor, pyramid) stays as it is.
+    The weights' classifier is left out, and what they lack (proposals, extra norm, predictor,
+    pyramid) stays as it is.
 
     Args:
         detector: changed in place, its frozen layers too.
-        state_dict: under torchvision's names: DINO's ResNet-50, or one trained on labels.
+        state_dict: of a ResNet under torchvision's names: DINO's ResNet-50, or one trained on
+            labels. Of a network of timm's under timm's.
         source: where it comes from, for the message.
 
     Raises:
         WeightsError: a tensor is missing, has no place, another shape, or is not finite; the
             detector is untouched then.
     """
+    if isinstance(detector.backbone, TimmPyramid):
+        detector.backbone.initialise(dict(state_dict), source)
+        return
     pyramidal = detector.options.kind == "fpn"
     trunk = detector.backbone.body if pyramidal else detector.backbone
     resnet = nn.Module()
@@ -140,7 +145,12 @@ class _Parts:
     head_channels: int
 
 
-def _c4(options: DetectorOptions, plan: ResNetPlan) -> _Parts:
+def _plan(options: DetectorOptions) -> ResNetPlan:
+    return ResNetPlan(options.backbone, options.norm, options.width, options.stem_width)
+
+
+def _c4(options: DetectorOptions) -> _Parts:
+    plan = _plan(options)
     trunk = Trunk(plan, freeze_at=options.freeze_at)
     stride = STRIDES["layer3"]
     head = Res5Head(plan, extra_norm=options.extra_norm)
@@ -154,9 +164,13 @@ def _c4(options: DetectorOptions, plan: ResNetPlan) -> _Parts:
     )
 
 
-def _fpn(options: DetectorOptions, plan: ResNetPlan) -> _Parts:
-    backbone = build_pyramid(plan, freeze_at=options.freeze_at)
-    channels = int(backbone.out_channels)  # type: ignore[arg-type]
+def _fpn(options: DetectorOptions) -> _Parts:
+    backbone: nn.Module
+    if options.on_timm:
+        backbone = TimmPyramid(options.backbone.removeprefix(TIMM), options.norm)
+    else:
+        backbone = build_pyramid(_plan(options), freeze_at=options.freeze_at)
+    channels = PYRAMID_CHANNELS
     strides = {str(level): stride for level, stride in enumerate(STRIDES.values())}
     sizes = [(size,) for size in options.anchor_sizes]
     return _Parts(
@@ -204,11 +218,12 @@ def _box_heads(options: DetectorOptions, parts: _Parts) -> BoxHeads:
 
 
 class _Normalise(GeneralizedRCNNTransform):  # type: ignore[misc]
-    """ImageNet's mean and deviation, and padding; the data set resizes."""
+    """Mean and deviation of the pixels, and padding; the data set resizes."""
 
-    def __init__(self, size_divisible: int) -> None:
+    def __init__(self, options: DetectorOptions) -> None:
+        mean, deviation = NORMALIZATIONS[options.normalize]
         # The sizes are those of a resize that does not take place.
-        super().__init__(1, 1, _MEAN, _DEVIATION, size_divisible=size_divisible)
+        super().__init__(1, 1, mean, deviation, size_divisible=options.size_divisible)
         self.canvas: tuple[int, int] | None = None
 
     def resize(

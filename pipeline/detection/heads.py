@@ -73,7 +73,7 @@ class AlignedPool(nn.Module):
             return self._pool(features[name], _with_image(boxes), self.strides[name])
         regions_R5, level_R = _with_image(boxes), self._levels(torch.cat(boxes))
         channels = next(iter(features.values())).shape[1]
-        shape = (len(regions_R5), channels, self.size, self.size)
+        shape = (regions_R5.shape[0], channels, self.size, self.size)
         pooled = features[next(iter(self.strides))].new_zeros(shape)
         for level, (name, stride) in enumerate(self.strides.items()):
             here = (level_R == level).nonzero()[:, 0]

@@ -6,9 +6,11 @@ To add a kind: its name in ``Kind``, a line in ``_CHANGES``, a case in ``detecto
 from dataclasses import dataclass
 from typing import Any, Final, Literal, get_args
 
-from pipeline.detection.c4 import BLOCKS, BackboneName, Norm
+from pipeline.detection.c4 import BLOCKS, Norm
 from pipeline.detection.heads import Normaliser
+from pipeline.detection.timm_pyramid import TIMM
 from pipeline.errors import ConfigError
+from pipeline.models.features import NORMALIZATIONS
 
 Kind = Literal["c4", "fpn", "nano"]
 
@@ -27,9 +29,14 @@ class DetectorOptions:
     num_classes: int = 1
     """Of objects; background comes on top."""
 
-    backbone: BackboneName = "resnet50"
+    backbone: str = "resnet50"
+    """One of ``BLOCKS``, or with fpn ``timm/`` and a name of timm's."""
+
+    normalize: str = "imagenet"
+    """Mean and deviation of the pixels, by their name in ``NORMALIZATIONS``."""
+
     width: int = 64
-    """Channels inside the first stage's blocks."""
+    """Channels inside the first stage's blocks of a ResNet."""
 
     stem_width: int = 64
     norm: Norm = "batch"
@@ -85,6 +92,7 @@ class DetectorOptions:
         object.__setattr__(self, "anchor_sizes", tuple(self.anchor_sizes))
         object.__setattr__(self, "anchor_ratios", tuple(self.anchor_ratios))
         self._check_names()
+        self._check_timm()
         last_group = 5 if self.kind == "fpn" else 4
         _check(self, "freeze_at", 0, last_group)
         for name, (low, high) in _RANGES.items():
@@ -99,10 +107,40 @@ class DetectorOptions:
         if self.kind == "fpn" and self.extra_norm:
             raise ConfigError("extra_norm needs layer4 as the head: turn it off with kind fpn")
 
+    @property
+    def on_timm(self) -> bool:
+        """Whether the backbone is one of timm's; which ones there are is found out later."""
+        return self.backbone.startswith(TIMM)
+
+    def _check_timm(self) -> None:
+        """What is known of our own ResNets alone must be left as it is with another network."""
+        if not self.on_timm:
+            return
+        if self.kind != "fpn":
+            raise ConfigError(
+                f"backbone {self.backbone} needs kind fpn, got {self.kind}: give --detector.kind "
+                f"fpn, or one of {', '.join(BLOCKS)}"
+            )
+        if self.freeze_at:
+            raise ConfigError(
+                f"freeze_at must be 0 with backbone {self.backbone}, got {self.freeze_at}: only a "
+                "ResNet of ours has groups to freeze"
+            )
+        if (self.width, self.stem_width) != (64, 64):
+            raise ConfigError(
+                f"width and stem_width have no effect on backbone {self.backbone}: leave them at 64"
+            )
+        if self.size_divisible % 32:
+            raise ConfigError(
+                f"size_divisible must be a multiple of 32 with backbone {self.backbone}, got "
+                f"{self.size_divisible}"
+            )
+
     def _check_names(self) -> None:
         legal = {
             "kind": get_args(Kind),
-            "backbone": tuple(BLOCKS),
+            "backbone": (*BLOCKS, *([self.backbone] if self.on_timm else [])),
+            "normalize": tuple(NORMALIZATIONS),
             "norm": get_args(Norm),
             "roi_normaliser": get_args(Normaliser),
         }
@@ -187,7 +225,10 @@ def default_options(kind: Kind, **changes: Any) -> DetectorOptions:
         raise ConfigError(f"kind must be one of {', '.join(_CHANGES)}, got {kind!r}")
     if unknown := sorted(changes.keys() - DetectorOptions.__dataclass_fields__.keys()):
         raise ConfigError(f"a detector has no option {', '.join(unknown)}")
-    return DetectorOptions(kind=kind, **(_CHANGES[kind] | changes))
+    of_kind = _CHANGES[kind]
+    if str(changes.get("backbone", "")).startswith(TIMM):
+        of_kind = of_kind | {"freeze_at": 0}
+    return DetectorOptions(kind=kind, **(of_kind | changes))
 
 
 def _check(options: DetectorOptions, name: str, low: float, high: float) -> None:

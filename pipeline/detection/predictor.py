@@ -64,7 +64,7 @@ class Predictor:
         Raises:
             DataError, OSError: as ``predict``.
         """
-        images = [_opened(photo) for photo in photos]
+        images = [opened(photo) for photo in photos]
         seen = [
             self.transform(one, _NO_BOXES, random.Random(0))[0].to(self.device) for one in images
         ]
@@ -87,7 +87,12 @@ class Predictor:
         ]
 
 
-def _opened(photo: Photo) -> Image.Image:
+def opened(photo: Photo) -> Image.Image:
+    """The photo as RGB.
+
+    Raises:
+        DataError, OSError: as ``Predictor.predict``.
+    """
     if isinstance(photo, Image.Image):
         return photo.convert("RGB")
     if isinstance(photo, np.ndarray):

@@ -22,9 +22,11 @@ from pipeline.detection.detector import Detector, build_detector, default_option
 from pipeline.detection.exported_detector import CONFIG, read_detector
 from pipeline.detection.options import DetectorOptions
 from pipeline.detection.task import DetectionTask, Inputs, canvas_of, inputs_of
+from pipeline.detection.timm_pyramid import TIMM
 from pipeline.errors import WeightsError
 from pipeline.models.backbones import load_classifier_weights
 from pipeline.models.checkpoints import file_sha256, read_state_dict
+from pipeline.models.published import published_normalization, require_timm
 from pipeline.storage import Location
 from pipeline.training import schedules
 from pipeline.training.loop import LoopSettings, LoopState
@@ -33,7 +35,7 @@ from pipeline.training.workers import Workers
 
 # Published weights of ResNet-50 by the names that --detector.init takes.
 _PUBLISHED = {"dino": "resnet50.dino", "imagenet": "resnet50.tv_in1k"}
-_SCRATCH = "none"
+_SCRATCH, _TIMM = "none", "timm"
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +67,7 @@ class Start:
     sha256: str | None
     """Of the file; None from scratch."""
 
-    resnet: dict[str, torch.Tensor] | None = None
+    backbone: dict[str, torch.Tensor] | None = None
     detector: Detector | None = None
 
 
@@ -76,7 +78,7 @@ def set_up(job: TrainDetectorJob, workers: Workers) -> DetectorSetup:
         ConfigError, DataError, WeightsError: settings, labels or weights do not fit.
     """
     table = read_table(job)
-    start = read_start(job.detector.init)
+    start = read_start(job.detector.init, job.detector.backbone)
     detector = build(job, start, num_classes=int(table.labels_M.max())).to(workers.device)
     if workers.size > 1 and workers.device.type == "cuda":
         fused(detector)
@@ -111,28 +113,37 @@ def read_table(job: TrainDetectorJob) -> BoxTable:
     return merge_boxes(table, found, iou=job.self_training.iou)
 
 
-def read_start(init: str) -> Start:
+def read_start(init: str, backbone: str | None = None) -> Start:
     """The weights that ``--detector.init`` names.
 
+    Args:
+        init: what the setting says.
+        backbone: whose weights timm is to give.
+
     Raises:
+        ConfigError: timm has no such backbone.
         WeightsError: they cannot be had.
     """
     if init == _SCRATCH:
         return Start("scratch", None)
-    if init in _PUBLISHED:
-        weights = load_classifier_weights(_PUBLISHED[init], None)
-        return Start(weights.source, weights.sha256, resnet=weights.state_dict)
+    published = _PUBLISHED.get(init)
+    if init == _TIMM and backbone is not None:
+        published = backbone.removeprefix(TIMM)
+        require_timm(published)
+    if published is not None:
+        weights = load_classifier_weights(published, None)
+        return Start(weights.source, weights.sha256, backbone=weights.state_dict)
     folder = Location.parse(init)
     if folder.child(CONFIG).kind() == "file":
         stored = read_detector(folder)
         return Start(init, stored.sha256, detector=stored.detector)
     if not os.path.isfile(init):
         raise WeightsError(
-            f"--detector.init must be {', '.join(_PUBLISHED)}, {_SCRATCH}, a file of weights or a "
-            f"detector's folder, got {init}"
+            f"--detector.init must be {', '.join(_PUBLISHED)}, {_TIMM}, {_SCRATCH}, a file of "
+            f"weights or a detector's folder, got {init}"
         )
     path = Path(init).absolute()
-    return Start(str(path), file_sha256(path), resnet=read_state_dict(path))
+    return Start(str(path), file_sha256(path), backbone=read_state_dict(path))
 
 
 def options_of(job: TrainDetectorJob, *, from_scratch: bool, num_classes: int) -> DetectorOptions:
@@ -145,6 +156,12 @@ def options_of(job: TrainDetectorJob, *, from_scratch: bool, num_classes: int) -
     if from_scratch:
         # Frozen noise would learn nothing.
         chosen.setdefault("freeze_at", 0)
+    backbone = job.detector.backbone or ""
+    if backbone.startswith(TIMM):
+        # As its published weights were trained, whichever weights it starts from: later rounds
+        # start from a detector's.
+        normalize = published_normalization(backbone.removeprefix(TIMM))
+        chosen["normalize"] = normalize or "imagenet"
     return default_options(job.detector.kind, **chosen, num_classes=num_classes)
 
 
@@ -156,11 +173,11 @@ def build(job: TrainDetectorJob, start: Start, *, num_classes: int) -> Detector:
         WeightsError: the weights do not fit.
     """
     torch.manual_seed(job.seed)
-    scratch = start.resnet is None and start.detector is None
+    scratch = start.backbone is None and start.detector is None
     options = options_of(job, from_scratch=scratch, num_classes=num_classes)
     detector = build_detector(options)
-    if start.resnet is not None:
-        initialise(detector, start.resnet, start.source)
+    if start.backbone is not None:
+        initialise(detector, start.backbone, start.source)
     if start.detector is not None:
         try:
             detector.load_state_dict(start.detector.state_dict())

@@ -1,7 +1,7 @@
 """A network from its name: the architecture from timm, the weights from the hub or from a file.
 
 ``build_backbone`` gives frozen patch features, ``build_class_tokens`` a frozen vector per image,
-``build_model`` a classifier to be trained.
+``build_model`` a classifier to be trained, ``build_feature_maps`` what a pyramid stands on.
 
 To add a backbone: a plain timm ViT needs nothing; other names and weights: ``published.py``. A
 convolutional network gets a name in ``CNNS`` there and a case in ``_cnn``.
@@ -9,6 +9,8 @@ To add a classifier: timm's need nothing; a network of our own gets a name in ``
 (``own_classifiers.py``). This file and ``published.py`` alone import timm.
 """
 
+import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Unpack
@@ -27,9 +29,10 @@ from pipeline.models.checkpoints import (
     read_state_dict,
 )
 from pipeline.models.class_tokens import ClassTokens
-from pipeline.models.classifier_weights import fit_classifier
+from pipeline.models.classifier_weights import fit_classifier, timm_weights
 from pipeline.models.cnn import ConvFeatures, Vgg16Map
 from pipeline.models.dino_vit import ViTFeatures
+from pipeline.models.feature_maps import STRIDES, FeatureMaps, layouts, under_names
 from pipeline.models.features import FeatureExtractor
 from pipeline.models.grid_classifier import GridClassifier
 from pipeline.models.model_options import (
@@ -47,7 +50,10 @@ from pipeline.models.published import (
     fetch,
     require_backbone,
     require_classifier,
+    require_timm,
 )
+
+_ANOTHER = "take another backbone, such as timm/convnext_tiny"
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,6 +197,64 @@ def build_model(
     if weights is not None:
         fit_classifier(model, weights.state_dict, weights.source)
     return model
+
+
+def build_feature_maps(name: str) -> FeatureMaps:
+    """A timm network's maps at strides 4 to 32, random, in training mode, on the default device.
+
+    Args:
+        name: Any of ``timm.list_models()``, with or without tag, that has a map at each of these
+            strides and takes images of any size. A tag changes no layer.
+
+    Raises:
+        ConfigError: timm has no such network, or it is of another kind.
+    """
+    require_timm(name)
+    with torch.device("meta"):
+        whole = _create_maps(name, {}, features_only=False)
+        # Transformers of windows would else insist on the size of their published weights.
+        takes = inspect.signature(type(whole)).parameters
+        arguments: dict[str, Any] = {"strict_img_size": False} if "strict_img_size" in takes else {}
+        info: Any = _create_maps(name, arguments).feature_info
+        at = dict(zip(info.reduction(), info.out_indices, strict=True))
+        if not at.keys() >= set(STRIDES):
+            raise ConfigError(f"timm/{name} has no maps of all strides {STRIDES}; {_ANOTHER}")
+        arguments["out_indices"] = [at[stride] for stride in STRIDES]
+        skeleton = _create_maps(name, arguments).eval()
+        channels = skeleton.feature_info.channels()
+        try:
+            channels_last = layouts(skeleton, channels)
+        except Exception as fault:  # networks complain about sizes in every way there is
+            reason = " ".join(str(fault).split())[:200]
+            raise ConfigError(
+                f"timm/{name} gives no maps for images of any size ({reason}); {_ANOTHER}"
+            ) from fault
+    return FeatureMaps(_create_maps(name, arguments), channels, channels_last)
+
+
+def feature_map_weights(name: str, weights: Weights, names: Iterable[str]) -> dict[str, Tensor]:
+    """The weights of timm network ``name`` under the ``names`` that its maps' tensors have.
+
+    Layers after the last map are left out; what belongs nowhere keeps its name.
+
+    Raises:
+        WeightsError: they are of another network.
+    """
+    with torch.device("meta"):
+        whole = _create_maps(name, {}, features_only=False)
+    state = timm_weights(weights.state_dict, whole, weights.source)
+    return under_names(state, whole.state_dict(), names)
+
+
+def _create_maps(name: str, arguments: dict[str, Any], *, features_only: bool = True) -> Any:
+    """The timm network of that name, its complaints as ConfigError."""
+    try:
+        return timm.create_model(name, features_only=features_only, **arguments)
+    except Exception as fault:  # constructors complain about values in every way there is
+        raise ConfigError(
+            f"timm/{name} gives no maps to stand a pyramid on ({type(fault).__name__}: "
+            f"{' '.join(str(fault).split())[:200]}); {_ANOTHER}"
+        ) from fault
 
 
 def _timm_classifier(

@@ -96,7 +96,7 @@ def _network_names(
         case T2tVit():
             return _t2t_weights(network_state, network, source)
         case _:
-            return _timm_weights(network_state, network, source)
+            return timm_weights(network_state, network, source)
 
 
 def _t2t_weights(state: dict[str, Tensor], network: T2tVit, source: str) -> dict[str, Tensor]:
@@ -108,8 +108,12 @@ def _t2t_weights(state: dict[str, Tensor], network: T2tVit, source: str) -> dict
     return state
 
 
-def _timm_weights(state: dict[str, Tensor], network: nn.Module, source: str) -> dict[str, Tensor]:
-    """The weights as timm's own filter for this network gives them."""
+def timm_weights(state: dict[str, Tensor], network: nn.Module, source: str) -> dict[str, Tensor]:
+    """The weights as timm's own filter for this network gives them.
+
+    Raises:
+        WeightsError: they are so unlike the network's that the filter fails.
+    """
     convert = _timm_filter(network)
     # timm would also resample the patches of another size without a word.
     if convert is None or patch_side(state) != patch_side(network.state_dict()):

@@ -91,6 +91,18 @@ def require_classifier(name: str) -> None:
     )
 
 
+def require_timm(name: str) -> None:
+    """Raise ConfigError with the nearest names unless timm knows this network, and its tag."""
+    base, _, tag = name.partition(".")
+    if timm.is_model(base) and (not tag or name in get_arch_pretrained_cfgs(base)):
+        return
+    known = [*timm.list_models(), *timm.list_pretrained()]
+    raise ConfigError(
+        f"backbone must be timm/ and a name of timm's, got timm/{name}; "
+        + _hint(name, known, "timm.list_models()")
+    )
+
+
 def fetch(name: str) -> Path:
     """The file of published weights: in this package, or in a cache of this machine.
 

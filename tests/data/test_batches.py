@@ -247,9 +247,7 @@ def test_a_bad_file_is_told_of_once_by_name(caplog: pytest.LogCaptureFixture) ->
 
 
 def test_too_many_bad_files_end_the_run_with_one_line() -> None:
-    told = (
-        r"more than max-bad-fraction 0\.05 of 40 images cannot be read: 3 so.*picture_\d+"
-    )
+    told = r"more than max-bad-fraction 0\.05 of 40 images cannot be read: 3 so.*picture_\d+"
     with pytest.raises(DataError, match=told) as caught:
         train(Pictures(40, bad=[5, 6, 7]))
     assert "\n" not in str(caught.value)

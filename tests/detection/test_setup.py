@@ -96,7 +96,9 @@ def test_another_detectors_weights_are_refused_with_what_was_asked_for(tmp_path:
     stored = type(start)("its folder", None, detector=detector)
     with pytest.raises(WeightsError, match=r"its folder holds another detector than .* nano"):
         build(job, stored, num_classes=1)
-    with pytest.raises(WeightsError, match=r"must be dino, imagenet, none, a file .* got absent"):
+    with pytest.raises(
+        WeightsError, match=r"must be dino, imagenet, timm, none, a file .* got absent"
+    ):
         read_start("absent")
 
 

@@ -1,0 +1,98 @@
+"""A network's maps at strides 4, 8, 16 and 32, whichever network it is: what a pyramid stands on.
+
+The networks come from ``backbones.build_feature_maps``.
+
+Shape letters:  B images   C channels   H, W rows and columns
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+STRIDES = (4, 8, 16, 32)
+"""Image pixels per cell of each map."""
+
+# Sides of the image that a network is tried with: unlike, so that rows and columns are told apart.
+_HEIGHT, _WIDTH = 64, 96
+
+Layout: TypeAlias = bool
+"""Whether a map's channels come last."""
+
+
+class FeatureMaps(nn.Module):
+    """Four maps of an image under the names ``0`` to ``3``, channels first."""
+
+    def __init__(
+        self, network: nn.Module, channels: Sequence[int], channels_last: Sequence[Layout]
+    ) -> None:
+        """Take a network that gives a list of four maps.
+
+        Args:
+            network: normalised images ``(B, 3, H, W)`` in.
+            channels: of each map.
+            channels_last: of each map, see ``layouts``.
+        """
+        super().__init__()
+        self.network = network
+        self.channels = tuple(channels)
+        self.channels_last = tuple(channels_last)
+
+    def forward(self, images_B3HW: Tensor) -> OrderedDict[str, Tensor]:
+        """``(B, C, H / stride, W / stride)`` each, in the order of ``STRIDES``."""
+        maps = zip(self.network(images_B3HW), self.channels_last, strict=True)
+        return OrderedDict(
+            (str(level), found.permute(0, 3, 1, 2).contiguous() if last else found)
+            for level, (found, last) in enumerate(maps)
+        )
+
+
+def layouts(network: nn.Module, channels: Sequence[int]) -> list[Layout]:
+    """Where each map has its channels, found out with an image that is not square.
+
+    Args:
+        network: as for ``FeatureMaps``; on the meta device this costs nothing.
+        channels: of each map.
+
+    Raises:
+        ValueError: a map has another shape than its stride and its channels make it.
+    """
+    device = next(network.parameters()).device
+    with torch.no_grad():
+        maps = network(torch.zeros(1, 3, _HEIGHT, _WIDTH, device=device))
+    found = []
+    for map_, stride, width in zip(maps, STRIDES, channels, strict=True):
+        grid = (_HEIGHT // stride, _WIDTH // stride)
+        shapes = {(1, width, *grid): False, (1, *grid, width): True}
+        if tuple(map_.shape) not in shapes:
+            raise ValueError(f"a map of stride {stride} has the shape {tuple(map_.shape)}")
+        found.append(shapes[tuple(map_.shape)])
+    return found
+
+
+def under_names(
+    state: Mapping[str, Tensor], whole: Iterable[str], names: Iterable[str]
+) -> dict[str, Tensor]:
+    """The tensors of a whole network under the names they have where only its maps are computed.
+
+    There timm writes ``stages_0.x`` for ``stages.0.x``, or puts ``model.`` before all. Tensors of
+    layers after the last map are left out; those the whole network lacks too keep their names.
+
+    Args:
+        state: of the whole network.
+        whole: names of all its tensors.
+        names: those that are wanted.
+    """
+    places = {_flat(name): name for name in names}
+    left_out = {_flat(name) for name in whole} - places.keys()
+    return {
+        places.get(_flat(name), name): tensor
+        for name, tensor in state.items()
+        if _flat(name) not in left_out
+    }
+
+
+def _flat(name: str) -> str:
+    return name.removeprefix("model.").replace(".", "_")
