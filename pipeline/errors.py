@@ -14,6 +14,7 @@ A message is one line: what is wrong, the legal range, the value found, and what
 | 6 | TooManyBadImages: the work is complete, but more inputs failed than allowed |
 | 7 | ClusterError: Ray could not be reached, or the work died inside it |
 | 8 | TrainingDiverged: a loss or gradient is not finite; the step was kept for replaying |
+| 9 | AllTrialsFailed: no trial of a sweep came to its end; the reasons are in its table |
 | 130, 143 | interrupted by Ctrl-C or SIGTERM; the resume command is printed |
 """
 
@@ -64,3 +65,9 @@ class TrainingDiverged(PatchseedError):
     """A loss or a gradient is not finite; finished epochs are kept, the step can be replayed."""
 
     exit_code = 8
+
+
+class AllTrialsFailed(PatchseedError):
+    """No trial of a sweep came to its end; its table holds the reason of each."""
+
+    exit_code = 9

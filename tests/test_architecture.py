@@ -35,9 +35,11 @@ RAY_FREE = [
     "pipeline.models.features",
     "pipeline.models.cvt",
     "pipeline.models.t2t_vit",
+    "pipeline.reproduction.plan",
     "pipeline.tracking",
     "pipeline.training.loop",
     "pipeline.training.checkpoints",
+    "pipeline.tuning.trials",
     "pipeline.visualisation",
 ]
 

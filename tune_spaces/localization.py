@@ -1,20 +1,47 @@
-"""The knobs of LOST and SoLOST, searched for the CorLoc of a labelled probe set.
+"""The knobs of LOST and SoLOST, searched for the CorLoc on annotated images.
 
-Keys are those of ``LabelJob``; a test draws samples and applies each.
+    python jobs/tune.py --space tune_spaces/localization.py --labels-for PHOTOS --ground-truth GT
+
+Keys are those of label_images.py. All features of a space are computed once (docs/tune.md).
 """
 
 from ray import tune
 
+JOB = "localization"
 METRIC, MODE = "corloc", "max"
 
 SPACE = {
+    # The one step in which the two methods differ.
     "localization.rule": tune.choice(["lost", "solost"]),
-    # LOST uses 100; 1 is the seed alone, 200 twice the paper's. Only LOST reads it.
+    # LOST uses 100; 1 is the seed alone, 200 twice the paper's.
     "localization.num_candidates": tune.choice([1, 25, 50, 100, 150, 200]),
-    # SoLOST found 0.5 to 0.6 best; below 0.2 a box shrinks to its seed. Only SoLOST reads it.
-    "localization.keep_fraction": tune.uniform(0.2, 1.0),
+    # SoLOST found 0.5 to 0.6 best; below 0.2 a box shrinks to its seed.
+    "localization.keep_fraction": tune.quniform(0.2, 1.0, 0.01),
     # Changes only how votes are weighed, but moves a box in one case of six.
     "localization.similarity": tune.choice(["dot", "cosine", "pearson"]),
-    # Keys are best for DINO; supervised nets want values of a middle block (docs/log.md).
+    # Keys are best for DINO; supervised nets want values (docs/log.md).
     "backbone.feature": tune.choice(["key", "query", "value"]),
+    # The last block for DINO; nets trained on labels are best around their middle.
+    "backbone.block": tune.choice([-1, -2, -4, -6]),
 }
+
+CONDITIONS = {
+    "localization.num_candidates": ("localization.rule", "lost"),
+    "localization.keep_fraction": ("localization.rule", "solost"),
+}
+
+# SoLOST's Table 3: both rules under each similarity, at the papers' own k and m.
+RULES_AND_SIMILARITIES = {
+    "localization.rule": ["lost", "solost"],
+    "localization.similarity": ["dot", "cosine", "pearson"],
+}
+# LOST's k, and SoLOST's m in steps of a tenth.
+CANDIDATES = {
+    "localization.rule": ["lost"],
+    "localization.num_candidates": [1, 50, 100, 150, 200],
+}
+FRACTIONS = {
+    "localization.rule": ["solost"],
+    "localization.keep_fraction": [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0],
+}
+GRID = [RULES_AND_SIMILARITIES, CANDIDATES, FRACTIONS]

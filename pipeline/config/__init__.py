@@ -12,6 +12,8 @@ plain arguments, so nothing below the jobs, the cluster room and the doors impor
     classifier_groups.py, classification.py   train_classifier, compare_runs
     pretraining.py      pretrain_dino
     detection.py        train_detector, detect_images
+    reproduction.py     reproduce
+    tuning.py           tune
     presets.py          the papers' rows and the published recipes, as values of those knobs
 """
 
@@ -37,8 +39,10 @@ from pipeline.config.labelling import (
     LocalizationConfig,
 )
 from pipeline.config.pretraining import PretrainDinoJob
+from pipeline.config.reproduction import ReproduceJob
 from pipeline.config.settings import Settings, TrackedSettings, flatten
 from pipeline.config.training import TrainingJob
+from pipeline.config.tuning import TuneJob
 
 __all__ = [
     "AugmentConfig",
@@ -60,11 +64,13 @@ __all__ = [
     "LocalizationConfig",
     "OptimConfig",
     "PretrainDinoJob",
+    "ReproduceJob",
     "Settings",
     "TokenBackboneConfig",
     "TrackedSettings",
     "TrainClassifierJob",
     "TrainDetectorJob",
     "TrainingJob",
+    "TuneJob",
     "flatten",
 ]

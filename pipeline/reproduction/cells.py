@@ -1,0 +1,95 @@
+"""What a table is made of: cells, each a setting that is measured, with the paper's figure for it.
+
+A cell names the one it is compared with, where there is one; what it takes to measure it is its
+recipe, without the places of data and weights, which plan.py adds.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pipeline.reproduction.published import Published
+
+Values = dict[str, Any]
+"""Nested values of a job's knobs."""
+
+Metric = Literal["accuracy", "CorLoc", "AP50"]
+Split = Literal["trainval", "test"]
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A training run of jobs/train_classifier.py for each seed."""
+
+    data: str
+    """Which data set, as ``places.DATA`` names it."""
+
+    values: Values
+    network: str
+    """By which its cost is known (estimate.py)."""
+
+    starts_from: str | None = None
+    """Weights to start from, as --weights names them; None is from scratch."""
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """One table of pseudo-boxes by jobs/label_images.py."""
+
+    data: str
+    backbone: str
+    """As ``backbones.BACKBONES`` names it."""
+
+    rule: Literal["lost", "solost"] = "lost"
+    similarity: Literal["cosine", "dot", "pearson"] | None = None
+    feature: Literal["key", "query", "value"] | None = None
+    """None is the backbone's own."""
+
+
+@dataclass(frozen=True)
+class Detections:
+    """Pseudo-boxes, a detector trained on them for each seed, and what it finds."""
+
+    boxes: Boxes
+    split: Split
+    """The images it is measured on; it is trained on trainval."""
+
+    values: Values = field(default_factory=dict)
+
+
+Recipe = Classifier | Boxes | Detections
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One setting of a table.
+
+    Attributes:
+        name: unique in its table; --rows chooses by it.
+        words: for people.
+        published: the paper's figure; None where it tells none.
+        recipe: how ours is made; None is shown, and never run.
+        base: name of the cell it is compared with; None is itself what others are compared with.
+        metric: what both figures are.
+    """
+
+    name: str
+    words: str
+    published: Published | None
+    recipe: Recipe | None
+    base: str | None = None
+    metric: Metric = "accuracy"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A paper's table as cells.
+
+    Attributes:
+        title: for people.
+        cells: in the paper's order; a cell's base comes before it.
+        notes: what the reader has to know to compare.
+    """
+
+    title: str
+    cells: tuple[Cell, ...]
+    notes: tuple[str, ...] = ()

@@ -1,0 +1,163 @@
+"""Finished runs -> a cell's figure, and how far it is from the cell it is compared with.
+
+Classifiers and detectors are measured once per seed: differences are paired over seeds, their
+interval is Student's. Pseudo-boxes have no seed: their CorLoc is resampled over photos, and
+differences are paired over them.
+
+Shape letters:  N photos   S seeds   R resamples
+"""
+
+import json
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.boxes import as_boxes
+from pipeline.errors import DataError
+from pipeline.evaluation.average_precision import average_precision
+from pipeline.evaluation.corloc import THRESHOLD, best_ious, interval_95, resampled_rates
+from pipeline.evaluation.matching import match
+from pipeline.evaluation.paired_difference import difference_of
+from pipeline.evaluation.predictions import detections, read_predictions
+from pipeline.reproduction.cells import Boxes, Metric
+from pipeline.reproduction.photos import Photos
+from pipeline.reproduction.plan import PlannedCell
+from pipeline.reproduction.run import Run
+from pipeline.storage import Location
+
+_ACCURACY = "test/accuracy_selected"
+_NUM_RESAMPLES = 10_000
+_CONFIDENCE = 0.95
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """A cell's figure, in per cent.
+
+    Attributes:
+        value: mean over seeds, or CorLoc over photos.
+        spread: standard deviation over seeds; None without two.
+        interval: 95 %, of the mean over seeds (Student's) or over photos; None for a single seed.
+        by_seed: the figure of each finished seed; empty where there are none.
+        hits_N: bool, photos whose box found an object; None for what has seeds.
+    """
+
+    value: float
+    spread: float | None = None
+    interval: Interval | None = None
+    by_seed: dict[int, float] = field(default_factory=dict)
+    hits_N: NDArray[np.bool_] | None = None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A cell's figure minus that of the cell it is compared with, in percentage points.
+
+    Attributes:
+        value: the mean.
+        interval: 95 %; None where it cannot be told (one seed).
+        num_pairs: seeds, or photos.
+        p: two-sided, Student's; None as the interval, and for photos.
+    """
+
+    value: float
+    interval: Interval | None
+    num_pairs: int
+    p: float | None = None
+
+
+def measure(planned: PlannedCell) -> Measured | None:
+    """The figure of the cell's finished runs; None while there is none.
+
+    Raises:
+        DataError: a result cannot be read.
+    """
+    done = {seed: run for seed, run in enumerate(planned.runs) if run.is_done}
+    if not done:
+        return None
+    if isinstance(planned.cell.recipe, Boxes):
+        return _corloc_of_photos(done[0], _photos(planned))
+    metric = planned.cell.metric
+    by_seed = {seed: result_of(run, planned.photos, metric) for seed, run in done.items()}
+    values_S = np.array(list(by_seed.values()))
+    # Against 0: the interval of a mean is that of its difference from any fixed number.
+    found = difference_of(np.zeros_like(values_S), values_S, _CONFIDENCE)
+    return Measured(found.mean, found.sd, found.interval, by_seed)
+
+
+def difference(measured: Measured, base: Measured) -> Difference | None:
+    """How far a cell is from the one it is compared with; None where no seed has both."""
+    if measured.hits_N is not None and base.hits_N is not None:
+        return _over_photos(measured.hits_N, base.hits_N)
+    # A single table of boxes stands beside every seed of a detector trained on it.
+    of_base = base.by_seed or dict.fromkeys(measured.by_seed, base.value)
+    seeds = sorted(measured.by_seed.keys() & of_base.keys())
+    if not seeds:
+        return None
+    sides = [np.array([side[seed] for seed in seeds]) for side in (of_base, measured.by_seed)]
+    found = difference_of(sides[0], sides[1], _CONFIDENCE)
+    return Difference(found.mean, found.interval, len(seeds), found.p_student)
+
+
+def result_of(run: Run, photos: Photos | None, metric: Metric) -> float:
+    """What one finished run came to, in per cent.
+
+    Raises:
+        DataError: its result cannot be read.
+    """
+    if photos is None:
+        return 100 * _accuracy(run.result)
+    labels, truths = run.folder, photos.truths
+    found = match(read_predictions(labels), truths).predictions
+    if metric == "CorLoc":
+        return 100 * float(_hits(labels, photos).mean())
+    boxes = [detections([]) if one is None else one.detections for one in found]
+    ap50 = average_precision(truths, boxes, difficult="drop").stats["ap50"]
+    return 100 * ap50 if ap50 is not None else math.nan
+
+
+def _accuracy(summary: Location) -> float:
+    try:
+        return float(json.loads(summary.read_bytes())["metrics"][_ACCURACY])
+    except (OSError, ValueError, KeyError, TypeError) as fault:
+        raise DataError(
+            f"{summary} tells no {_ACCURACY} ({fault}): delete the run's folder to run it again"
+        ) from fault
+
+
+def _photos(planned: PlannedCell) -> Photos:
+    if planned.photos is None:
+        raise ValueError(f"{planned.cell.name} is measured on photos, and has none")
+    return planned.photos
+
+
+def _corloc_of_photos(run: Run, photos: Photos) -> Measured:
+    hits_N = _hits(run.folder, photos)
+    rates_RM = resampled_rates(
+        hits_N[None], num_resamples=_NUM_RESAMPLES, rng=np.random.default_rng(0)
+    )
+    low, high = interval_95(100 * rates_RM[:, 0])
+    return Measured(100 * float(hits_N.mean()), interval=(low, high), hits_N=hits_N)
+
+
+def _hits(labels: Location, photos: Photos) -> NDArray[np.bool_]:
+    """``(N,)`` whether the best box of each photo finds an object; a photo without one does not."""
+    found = match(read_predictions(labels), photos.truths).predictions
+    boxes_N4 = as_boxes([(one and one.box) or (0, 0, 0, 0) for one in found])
+    hits_N: NDArray[np.bool_] = (
+        best_ious(boxes_N4, [truth.boxes_N4 for truth in photos.truths]) >= THRESHOLD
+    )
+    return hits_N
+
+
+def _over_photos(hits_N: NDArray[np.bool_], base_N: NDArray[np.bool_]) -> Difference:
+    rates_RM = resampled_rates(
+        np.stack([base_N, hits_N]), num_resamples=_NUM_RESAMPLES, rng=np.random.default_rng(0)
+    )
+    low, high = interval_95(100 * (rates_RM[:, 1] - rates_RM[:, 0]))
+    value = 100 * float(hits_N.mean() - base_N.mean())
+    return Difference(value, (low, high), hits_N.size)

@@ -1,0 +1,122 @@
+"""Which data and weights are at hand, and where: told by flags, or found below --data-root.
+
+To add a data set: a field of ``DataPlaces`` in config/reproduction.py, and the names its files go
+by in ``DATA``.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipeline.errors import ConfigError, DataError
+from pipeline.reproduction.backbones import BACKBONES
+
+DATA: dict[str, tuple[str, ...]] = {
+    "cifar10": ("cifar10", "cifar-10-batches-py", "cifar10_images.tar.gz", "cifar10.tar.gz"),
+    "cifar100": ("cifar100", "cifar-100-python", "cifar100.tar.gz"),
+    "svhn": ("svhn", "train_32x32.mat"),
+    "flowers102": ("flowers102", "flowers-102"),
+    "flowers17": ("flowers17",),
+    "domainnet": ("domainnet",),
+    "imagenet": ("imagenet",),
+    "imagenet100": ("imagenet100", "imagenet"),
+    "voc07": ("voc07", "VOCdevkit/VOC2007", "VOC2007", "voc07_test_500"),
+    "voc12": ("voc12", "VOCdevkit/VOC2012", "VOC2012"),
+    "coco20k": ("coco20k",),
+}
+"""By which names each data set lies below --data-root."""
+
+# The publisher's own files, which torchvision wants the parent folder of.
+_PARENT_IS_THE_ROOT = ("cifar-10-batches-py", "cifar-100-python", "train_32x32.mat", "flowers-102")
+
+NETWORKS = ("swin", "cvt", "t2t", "resnet50")
+"""Classifiers that --weights may give a start to."""
+
+_DEPTH = 3
+
+
+@dataclass(frozen=True)
+class AtHand:
+    """What there is, and how it was told.
+
+    Attributes:
+        data: place of each data set that was given by a flag.
+        weights: file of each network that was given by one.
+        root: folder in which the rest is looked for; None looks nowhere.
+        fetch: whether networks may fetch published weights by name.
+    """
+
+    data: Mapping[str, str] = field(default_factory=dict)
+    weights: Mapping[str, str] = field(default_factory=dict)
+    root: str | None = None
+    fetch: bool = False
+
+    def place_of(self, name: str) -> str | None:
+        """Where a data set lies, absolute; None where it is not at hand.
+
+        Raises:
+            DataError: a flag names a place that is not there.
+        """
+        # The six domains are one flag; each lies below it as train_classifier expects.
+        name = "domainnet" if name.startswith("domainnet-") else name
+        told = self.data.get(name)
+        if told is not None:
+            if not os.path.exists(told):
+                raise DataError(f"--data.{name}: there is no {told}")
+            return os.path.abspath(told)
+        if self.root is None:
+            return None
+        for candidate in DATA[name]:
+            found = os.path.join(os.path.abspath(self.root), candidate)
+            if os.path.exists(found):
+                return os.path.dirname(found) if candidate in _PARENT_IS_THE_ROOT else found
+        return None
+
+    def weights_of(self, name: str) -> str | None:
+        """The file of a network's weights, absolute; None where there is none at hand."""
+        told = self.weights.get(name)
+        if told is not None:
+            return os.path.abspath(told)
+        backbone = BACKBONES.get(name)
+        if backbone is None or self.root is None:
+            return None
+        return next(
+            (str(path) for path in _files_below(self.root) if path.name in backbone.files), None
+        )
+
+
+def weights_flag(texts: tuple[str, ...]) -> dict[str, str]:
+    """``("vit-s16=FILE", ...)`` as a mapping.
+
+    Raises:
+        ConfigError: it is not NAME=FILE, or the name is unknown.
+        DataError: there is no such file.
+    """
+    known = [*BACKBONES, *NETWORKS]
+    files: dict[str, str] = {}
+    for text in texts:
+        name, _, file = text.partition("=")
+        if not file or name not in known:
+            raise ConfigError(
+                f"--weights must be NAME=FILE with a name of {', '.join(known)}, got {text}"
+            )
+        if not os.path.exists(file):
+            raise DataError(f"--weights {name}: there is no {file}")
+        files[name] = file
+    return files
+
+
+def _files_below(root: str) -> Iterator[Path]:
+    """Files not deeper than where weights lie; a data set of a million images is not walked."""
+    top = Path(root).absolute()
+    for folder, names, files in os.walk(top):
+        if len(Path(folder).relative_to(top).parts) + 1 >= _DEPTH:
+            names.clear()
+        # Data sets hold no weights, and a great many files.
+        names[:] = [one for one in names if one not in _data_folders()]
+        yield from (Path(folder) / one for one in sorted(files))
+
+
+def _data_folders() -> set[str]:
+    return {name.partition("/")[0] for names in DATA.values() for name in names}

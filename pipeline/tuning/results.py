@@ -1,0 +1,160 @@
+"""What a sweep came to: the table, the best settings, which knob matters, and their files.
+
+To write one more file: a line in ``result_files``.
+"""
+
+import csv
+import io
+import json
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.tuning.pictures import importance_png, slices_png
+from pipeline.tuning.proposals import direction_of, frozen
+from pipeline.tuning.space import Space
+from pipeline.tuning.trials import Trial, best_of
+from pipeline.tuning.tuned_job import Tree, best_yaml
+
+SHOWN = 10
+_RATES = ("corloc", "accuracy", "knn", "ap", "ap50", "mean_best_iou")
+FEWEST_FOR_IMPORTANCE = 8
+"""With fewer finished trials any importance would be noise; none is told."""
+
+
+def result_files(space: Space, base: Tree, trials: Sequence[Trial]) -> dict[str, bytes]:
+    """The files of a sweep's results by name; without a trial that ended well only its tables."""
+    best = best_of(space, tuple(trials))
+    files = {
+        "table.md": _markdown(space, trials).encode(),
+        "trials.csv": _csv(space, trials).encode(),
+    }
+    if best is None:
+        return files
+    text, _ = best_yaml(space, base, best.values)
+    header = f"# {space.metric} {best.metric:.6g}, trial {best.number} of {len(trials)}\n"
+    files["best.yaml"] = (header + text).encode()
+    weights = importance(space, trials)
+    if weights:
+        files["importance.json"] = (json.dumps(weights, indent=1) + "\n").encode()
+        files["pictures/importance.png"] = importance_png(weights, space.metric)
+    files["pictures/slices.png"] = slices_png(space, trials)
+    return files
+
+
+def importance(space: Space, trials: Sequence[Trial]) -> dict[str, float]:
+    """Each knob's share in what tells good trials from bad ones, adding to 1, the largest first.
+
+    PED-ANOVA (Watanabe et al., IJCAI 2023), as Optuna has it. Of knobs that do not count in every
+    trial it knows nothing: those are left out. Nothing for fewer than ``FEWEST_FOR_IMPORTANCE``.
+    """
+    import optuna
+
+    ended = [one for one in trials if one.status == "ok" and one.metric is not None]
+    if len(ended) < FEWEST_FOR_IMPORTANCE or len({one.metric for one in ended}) < 2:
+        return {}
+    always = [
+        name
+        for name in space.knobs
+        if all(name in one.values for one in ended)
+        and len({json.dumps(one.values[name]) for one in ended}) > 1
+    ]
+    if not always:
+        return {}
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(direction=direction_of(space))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for one in ended:
+            study.add_trial(frozen(space, one))
+        evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+        found = optuna.importance.get_param_importances(study, evaluator=evaluator, params=always)
+    return {name: float(value) for name, value in found.items()}
+
+
+def ranked(space: Space, trials: Sequence[Trial]) -> list[Trial]:
+    """Finished ones from the best, then stopped ones, then those that failed."""
+    order = {"ok": 0, "stopped": 1, "failed": 2}
+    sign = -1 if space.mode == "max" else 1
+    return sorted(
+        trials,
+        key=lambda one: (order[one.status], sign * (one.metric or 0.0), one.number),
+    )
+
+
+def print_results(space: Space, trials: Sequence[Trial], console: Console) -> None:
+    """The best trials, and why others failed."""
+    table = Table(title=f"best trials by {space.metric} ({space.mode})", title_justify="left")
+    table.add_column("trial", justify="right")
+    table.add_column(space.metric, justify="right")
+    table.add_column("values")
+    for one in ranked(space, trials)[:SHOWN]:
+        if one.status == "ok":
+            table.add_row(
+                str(one.number), shown_metric(space.metric, one.metric), shown_values(one)
+            )
+    if table.row_count:
+        console.print(table)
+    counts = {name: sum(one.status == name for one in trials) for name in ("stopped", "failed")}
+    for name, count in counts.items():
+        if count:
+            console.print(f"{name}: {count} of {len(trials)} trials", highlight=False)
+
+
+def shown_metric(name: str, metric: float | None) -> str:
+    """For people: rates in %."""
+    if metric is None:
+        return "-"
+    return f"{metric:.1%}" if name.rpartition("/")[2] in _RATES else f"{metric:.4g}"
+
+
+def shown_values(trial: Trial) -> str:
+    """``rule=lost num_candidates=100``."""
+    parts = []
+    for name, value in trial.values.items():
+        short = f"{value:.4g}" if isinstance(value, float) else str(value)
+        parts.append(f"{name.rpartition('.')[2]}={short}")
+    return " ".join(parts)
+
+
+def _rows(space: Space, trials: Sequence[Trial]) -> tuple[list[str], list[list[Any]]]:
+    names = list(dict.fromkeys(name for one in trials for name in one.values))
+    header = ["trial", "status", space.metric, "epochs", "seconds", *names, "reason"]
+    rows = [
+        [
+            one.number,
+            one.status,
+            one.metric,
+            one.epochs,
+            one.seconds,
+            *(one.values.get(name) for name in names),
+            one.reason,
+        ]
+        for one in ranked(space, trials)
+    ]
+    return header, rows
+
+
+def _markdown(space: Space, trials: Sequence[Trial]) -> str:
+    header, rows = _rows(space, trials)
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(map(_cell, line)) + " |\n" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|")
+
+
+def _csv(space: Space, trials: Sequence[Trial]) -> str:
+    header, rows = _rows(space, trials)
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return stream.getvalue()

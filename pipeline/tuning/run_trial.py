@@ -1,0 +1,199 @@
+"""One trial from its values to its outcome, in whichever process; knows no Ray.
+
+What a trial raises is its outcome, not the sweep's. A trial's training run has a folder that its
+settings name, so a trial that is started again goes on from its checkpoints.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from pipeline.config import TrainingJob
+from pipeline.errors import ConfigError, PatchseedError
+from pipeline.pretraining.run_folder import RunFolder
+from pipeline.pretraining.run_life import Outside
+from pipeline.storage import Location, one_line
+from pipeline.training.workers import current_workers
+from pipeline.tuning.space import OWN, Space, Values, space_of
+from pipeline.tuning.trials import Proposal, Status, Trial, finite
+from pipeline.tuning.tuned_job import TRAINED, Tree, settings_of, train_here
+
+Report = Callable[[int, float], None]
+"""Told the epoch from 1 and the metric so far; it may not return, where the trial is stopped."""
+
+
+@dataclass(frozen=True)
+class TrialTask:
+    """What all trials of a sweep share; it pickles. The space goes along as text."""
+
+    space_name: str
+    space_source: str
+    base: Tree
+    folder: str
+    use_gpu: bool = False
+    cpus: int | None = None
+    """Threads of torch; None leaves them as they are."""
+
+    cache: str | None = None
+
+    def space(self) -> Space:
+        """The space, read anew."""
+        return space_of(self.space_source, self.space_name)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a trial; JSON values."""
+
+    status: Status
+    metric: float | None = None
+    reason: str | None = None
+    epochs: int | None = None
+    folder: str | None = None
+    numbers: dict[str, float] | None = None
+
+
+def run_trial(task: TrialTask, values: Values, report: Report) -> Outcome:
+    """Run a trial to its end; whatever goes wrong in it becomes its reason."""
+    space = task.space()
+    told = _Told(report)
+    if task.cpus is not None:
+        torch.set_num_threads(task.cpus)
+    try:
+        if space.job == OWN:
+            outcome = _run_own(space, values, told)
+        elif space.job == "localization":
+            outcome = _localize(task, space, values)
+        else:
+            outcome = _train(task, space, values, told)
+    except PatchseedError as fault:
+        return Outcome("failed", told.metric, one_line(fault), told.epoch)
+    except Exception as fault:  # a trial may raise whatever it likes, and run out of memory
+        return Outcome(
+            "failed", told.metric, f"{type(fault).__name__}: {one_line(fault)}", told.epoch
+        )
+    if outcome.status == "ok" and finite(outcome.metric) is None:
+        reason = f"{space.metric} was never measured"
+        if outcome.metric is not None:
+            reason = f"{space.metric} is not finite: {outcome.metric}"
+        return replace(outcome, status="failed", metric=None, reason=reason)
+    return outcome
+
+
+def ended(proposed: Proposal, outcome: Outcome, began: float) -> Trial:
+    """The record of a trial that began at that ``time.monotonic()``."""
+    return Trial(
+        number=proposed.number,
+        id=proposed.id,
+        values=proposed.values,
+        status=outcome.status,
+        metric=outcome.metric,
+        seconds=round(time.monotonic() - began, 3),
+        reason=outcome.reason,
+        epochs=outcome.epochs,
+        folder=outcome.folder,
+        numbers=outcome.numbers or {},
+    )
+
+
+@dataclass
+class _Told:
+    """The last thing a trial told."""
+
+    report: Report
+    epoch: int | None = None
+    metric: float | None = None
+
+    def __call__(self, epoch: int, metric: float) -> None:
+        self.epoch, self.metric = epoch, finite(metric)
+        if self.metric is not None:
+            self.report(epoch, self.metric)
+
+
+def _run_own(space: Space, values: Values, told: _Told) -> Outcome:
+    assert space.run is not None
+    return Outcome("ok", space.run(values, told), epochs=told.epoch)
+
+
+def _localize(task: TrialTask, space: Space, values: Values) -> Outcome:
+    from pipeline.tuning.localization_sweep import measured
+
+    assert task.cache is not None
+    settings: Any = settings_of(space, task.base, values)
+    numbers = measured(Location.parse(task.cache), settings)
+    return Outcome("ok", numbers.get(space.metric), numbers=numbers)
+
+
+def _train(task: TrialTask, space: Space, values: Values, told: _Told) -> Outcome:
+    job = training_job(task, space, values)
+    folder = RunFolder.of(job)
+    device = torch.device("cuda" if task.use_gpu else "cpu")
+
+    def report(numbers: dict[str, float]) -> None:
+        # The file and not the numbers: a run that goes on had epochs before these.
+        history = read_history(folder.place)
+        metric = judged(space, history)
+        # The last epoch is told with the results: a trial that is at its end is not stopped.
+        if metric is not None and len(history) < job.num_epochs:
+            told(len(history), metric)
+
+    with folder.held(job):
+        outside = Outside(tell=lambda line: None, report=report)
+        summary = train_here(space.job)(job, folder, current_workers(device), outside)
+    history = read_history(folder.place)
+    return Outcome(
+        "ok",
+        judged(space, history),
+        epochs=len(history),
+        folder=str(folder.place),
+        numbers=summary["metrics"],
+    )
+
+
+def training_job(task: TrialTask, space: Space, values: Values) -> TrainingJob:
+    """A trial's training job, in one process, below the sweep's folder, told by the sweep."""
+    job: Any = settings_of(space, task.base, values)
+    update = {
+        "output": str(Location.parse(task.folder).child("runs")),
+        "tracking_uri": "off",
+        "use_gpu": task.use_gpu,
+        "overwrite": False,
+        "num_workers": 0,
+        "min_workers": None,
+    }
+    found: TrainingJob = job.model_copy(update=update)
+    return found
+
+
+def folder_of(task: TrialTask, values: Values) -> str | None:
+    """The folder of a trial's training run, where it has trained an epoch."""
+    space = task.space()
+    if space.job not in TRAINED:
+        return None
+    try:
+        place = RunFolder.of(training_job(task, space, values)).place
+    except ConfigError:
+        return None
+    return str(place) if read_history(place) else None
+
+
+def read_history(place: Location) -> list[dict[str, float]]:
+    """The epochs of a run's folder."""
+    file = place.child("history.jsonl")
+    if file.kind() == "missing":
+        return []
+    return [json.loads(line) for line in file.read_bytes().splitlines()]
+
+
+def judged(space: Space, history: list[dict[str, float]]) -> float | None:
+    """What a run is judged by: its best epoch, or the last one that was measured."""
+    measured = [value for one in history if (value := finite(one.get(space.metric))) is not None]
+    if not measured:
+        return None
+    if space.pick == "last":
+        return measured[-1]
+    return max(measured) if space.mode == "max" else min(measured)

@@ -1,0 +1,164 @@
+"""A sweep in MLflow: a run for itself, and below it one for each trial that has ended.
+
+A trial's run is named by the trial. A sweep that goes on asks the store which of them it has, and
+sends the others: none comes twice, and none is lost with the process that was killed.
+"""
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.settings import flatten
+from pipeline.config.tuning import TuneJob
+from pipeline.errors import StorageError
+from pipeline.storage import Location
+from pipeline.tracking import OFF, NoTracker, Tracker, absolute_uri, connect, start_tracker
+from pipeline.tuning.run_trial import read_history
+from pipeline.tuning.space import Space
+from pipeline.tuning.trials import Trial
+from pipeline.tuning.tuned_job import Tree
+
+_KNOWN = "tracking.json"
+
+
+@dataclass
+class SweepTracking:
+    """The MLflow runs of a sweep."""
+
+    job: TuneJob
+    space: Space
+    folder: Location
+    parent: Tracker
+    done: Mapping[str, tuple[str, bool]]
+    """Trials that the store has: their run, and whether it is whole."""
+
+    _waiting: list[tuple[Trial, Tree]] = field(default_factory=list)
+
+    def trial_ended(self, trial: Trial, base: Tree) -> None:
+        """Send a trial, unless the store has it; where MLflow is slow to begin, with a later one.
+
+        Without its parent a trial's run could never be found again.
+        """
+        if isinstance(self.parent, NoTracker) or self.done.get(trial.id, (None, False))[1]:
+            return
+        self._waiting.append((trial, base))
+        self._send_waiting()
+
+    def _send_waiting(self) -> None:
+        parent_run_id = self.parent.wait_for_run_id() if self._waiting else None
+        if parent_run_id is None:
+            return
+        self.remember(parent_run_id)
+        while self._waiting:
+            self._send(*self._waiting.pop(0), parent_run_id)
+
+    def _send(self, trial: Trial, base: Tree, parent_run_id: str) -> None:
+        run_id, _ = self.done.get(trial.id, (None, False))
+        tracker = start_tracker(
+            self.job.tracking_uri,
+            experiment=self.job.experiment,
+            run_name=trial.id,
+            spool=_spool(self.folder),
+            run_id=run_id,
+            parent_run_id=parent_run_id,
+        )
+        tracker.log_params({**flatten(base), **trial.values})
+        tracker.set_tags(
+            {
+                "patchseed.kind": "trial",
+                "patchseed.sweep": self.folder.name,
+                "patchseed.trial": trial.number,
+                "patchseed.status": trial.status,
+                **({"patchseed.reason": trial.reason} if trial.reason else {}),
+            }
+        )
+        if trial.folder is not None:
+            for numbers in read_history(Location.parse(trial.folder)):
+                epoch = int(numbers.pop("epoch"))
+                tracker.log_metrics(numbers, step=epoch)
+        tracker.log_metrics({**trial.numbers, "seconds": trial.seconds})
+        if trial.metric is not None:
+            tracker.log_metrics({f"trial/{self.space.metric}": trial.metric})
+        tracker.close("FAILED" if trial.status == "failed" else "FINISHED")
+
+    def remember(self, run_id: str | None) -> None:
+        """Note in the sweep's folder which MLflow run is its own."""
+        file = self.folder.child(_KNOWN)
+        uri = absolute_uri(self.job.tracking_uri)
+        known = {"uri": uri, "experiment": self.job.experiment, "run_id": run_id}
+        if _known(self.folder) != known:
+            file.write_bytes(json.dumps(known).encode())
+
+    def sweep_ended(self, metrics: Mapping[str, float], files: Mapping[str, bytes]) -> None:
+        """Send what the sweep came to, and trials that could not be sent before."""
+        self._send_waiting()
+        self.parent.log_metrics(metrics)
+        for name, content in files.items():
+            self.parent.log_artifact_bytes(content, name)
+
+
+def open_tracking(
+    job: TuneJob, space: Space, base: Tree, folder: Location, trials: Sequence[Trial]
+) -> SweepTracking:
+    """The sweep's run, the one it had where it goes on; trials that were not sent are sent."""
+    if job.tracking_uri == OFF:
+        return SweepTracking(job, space, folder, NoTracker(), {})
+    place = {"uri": absolute_uri(job.tracking_uri), "experiment": job.experiment}
+    known = _known(folder)
+    known = known if all(known.get(name) == value for name, value in place.items()) else {}
+    parent = start_tracker(
+        job.tracking_uri,
+        experiment=job.experiment,
+        run_name=job.run_name or folder.name,
+        spool=_spool(folder),
+        run_id=known.get("run_id"),
+    )
+    settings = job.model_dump(mode="json", exclude={"debug", "resume"})
+    parent.log_params({**settings, **{f"base.{k}": v for k, v in flatten(base).items()}})
+    parent.set_tags({"patchseed.kind": "sweep", "patchseed.sweep": folder.name})
+    run_id = parent.wait_for_run_id()
+    done = _children(place["uri"], run_id) if known and run_id else {}
+    tracking = SweepTracking(job, space, folder, parent, done)
+    tracking.remember(run_id)
+    for trial in trials:
+        tracking.trial_ended(trial, base)
+    return tracking
+
+
+def _known(folder: Location) -> dict[str, Any]:
+    file = folder.child(_KNOWN)
+    if file.kind() != "file":
+        return {}
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError) as fault:
+        raise StorageError(f"{file} is damaged ({fault}); delete it to record anew") from fault
+    return found if isinstance(found, dict) else {}
+
+
+def _children(uri: str, parent: str) -> dict[str, tuple[str, bool]]:
+    """Runs below the parent by name; nothing where the store cannot be asked."""
+    try:
+        client, _ = connect(uri)
+        experiment = client.get_run(parent).info.experiment_id
+        found: dict[str, tuple[str, bool]] = {}
+        token = None
+        while True:
+            page = client.search_runs(
+                [experiment], f"tags.`mlflow.parentRunId` = '{parent}'", page_token=token
+            )
+            for run in page:
+                whole = run.info.status in ("FINISHED", "FAILED")
+                found[run.info.run_name] = (run.info.run_id, whole)
+            token = page.token
+            if not token:
+                return found
+    except Exception:  # MLflow, its drivers and the network raise all sorts; tracking stops nothing
+        return {}
+
+
+def _spool(folder: Location) -> Path:
+    return Path(folder.path if folder.is_local else tempfile.gettempdir()) / "_tracking"

@@ -1,0 +1,228 @@
+"""Values of a trial -> the settings of the job they belong to, and the best ones as YAML.
+
+To tune another job: its name in ``JOBS`` of space.py, a line in ``_KINDS``, and for a training run
+one in ``TRAINED``.
+"""
+
+import importlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from pipeline.config import LabelJob, PretrainDinoJob, TrainClassifierJob, TrainDetectorJob
+from pipeline.config import detection as detection_config
+from pipeline.config import presets as classifier_config
+from pipeline.config import pretraining as dino_config
+from pipeline.config.presets import merged
+from pipeline.config.settings import Settings
+from pipeline.config.tuning import TuneJob
+from pipeline.errors import ConfigError
+from pipeline.storage import Location, one_line
+from pipeline.tuning.space import OWN, Space, Values
+
+Tree = dict[str, Any]
+"""Settings in their groups."""
+
+
+@dataclass(frozen=True)
+class _Kind:
+    settings: type[Settings]
+    script: str
+    presets: Callable[[], dict[str, Tree]] = dict
+    places: tuple[str, ...] = ()
+    """Settings that name files and folders."""
+
+
+_PROBED = ("probe.images", "probe.ground_truth")
+
+_KINDS = {
+    "classifier": _Kind(
+        TrainClassifierJob,
+        "jobs/train_classifier.py",
+        classifier_config.presets,
+        ("data.root", "model.checkpoint"),
+    ),
+    "dino": _Kind(
+        PretrainDinoJob,
+        "jobs/pretrain_dino.py",
+        dino_config.presets,
+        ("images", "init", *_PROBED, "probe.labelled"),
+    ),
+    "detector": _Kind(
+        TrainDetectorJob,
+        "jobs/train_detector.py",
+        detection_config.presets,
+        ("labels", "add_labels", "detector.init", *_PROBED),
+    ),
+    "localization": _Kind(
+        LabelJob, "jobs/label_images.py", places=("images", "backbone.checkpoint")
+    ),
+}
+
+TRAINED = {
+    "classifier": ("pipeline.pretraining.classifier_run", "train_classifier_here"),
+    "dino": ("pipeline.pretraining.dino_run", "pretrain_dino_here"),
+    "detector": ("pipeline.detection.run", "train_detector_here"),
+}
+"""Where each job's run on one worker is found; imported late, for it takes seconds."""
+
+
+def train_here(kind: str) -> Callable[..., dict[str, Any]]:
+    """A job's run on one of its workers."""
+    module, name = TRAINED[kind]
+    found: Callable[..., dict[str, Any]] = getattr(importlib.import_module(module), name)
+    return found
+
+
+def base_of(job: TuneJob, space: Space) -> Tree:
+    """The settings that stay as they are: the preset, over it the file, over that --set.
+
+    Raises:
+        ConfigError: a file cannot be read, or the settings are not legal ones of the tuned job.
+    """
+    if space.job == OWN:
+        if job.base or job.base_preset or job.set:
+            raise ConfigError(f"--base and --set have no effect: {space.name} brings its own run")
+        return {}
+    if (space.job == "localization") != (job.labels_for is not None):
+        needs = "needs" if space.job == "localization" else "takes no"
+        raise ConfigError(f"a sweep of the {space.job} {needs} --labels-for and --ground-truth")
+    base = _with_absolute_places(_as_given(job, space), _KINDS[space.job].places)
+    _require_measurable(space, settings_of(space, base, {}))
+    return base
+
+
+def _as_given(job: TuneJob, space: Space) -> Tree:
+    base: Tree = {}
+    if job.base_preset is not None:
+        base = _preset(job.base_preset, _KINDS[space.job].presets())
+    if job.base is not None:
+        base = merged(base, _read_base(job.base))
+    for text in job.set:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--set must be NAME=VALUE, such as epochs=10, got {text}")
+        base = merged(base, nested({name.replace("-", "_"): _parsed(text, value)}))
+    if job.labels_for is not None:
+        base = merged(base, {"images": job.labels_for, "output": "labels"})
+    return base
+
+
+def _require_measurable(space: Space, settings: Any) -> None:
+    if space.job in TRAINED and settings.num_workers > 1:
+        raise ConfigError(
+            f"a trial trains in one process, got num_workers {settings.num_workers} in the base; "
+            "leave it out, and give each trial --trial-cpus and --trial-gpus"
+        )
+    if space.metric.startswith("probe/") and settings.probe.images is None:
+        raise ConfigError(
+            f"{space.metric} is measured on photos whose objects are known: give them with --set "
+            "probe.images=PHOTOS probe.ground_truth=BOXES"
+        )
+
+
+def num_epochs(space: Space, base: Tree) -> int | None:
+    """Epochs of a trial that is not stopped; None where only the space's own ``run`` knows."""
+    if space.job not in TRAINED:
+        return None
+    settings: Any = settings_of(space, base, {})
+    return int(settings.num_epochs)
+
+
+def _with_absolute_places(base: Tree, places: tuple[str, ...]) -> Tree:
+    """The settings as workers in other folders understand them."""
+    for name in places:
+        group: Any = base
+        *above, last = name.split(".")
+        for part in above:
+            group = group.get(part, {}) if isinstance(group, dict) else {}
+        value = group.get(last) if isinstance(group, dict) else None
+        if isinstance(value, str) and (last != "init" or os.path.exists(value)):
+            base = merged(base, nested({name: str(Location.parse(value))}))
+        elif isinstance(value, list):
+            base = merged(base, nested({name: [str(Location.parse(one)) for one in value]}))
+    return base
+
+
+def settings_of(space: Space, base: Tree, values: Values) -> Settings:
+    """The tuned job's settings, checked.
+
+    Raises:
+        ConfigError: a name is unknown, or a value is out of range, alone or beside others.
+    """
+    kind = _KINDS[space.job].settings
+    try:
+        return kind.model_validate(merged(base, nested(values)))
+    except ValidationError as fault:
+        raise ConfigError(
+            f"the {space.job}'s settings are wrong: "
+            + "; ".join(
+                ".".join(str(part) for part in error["loc"])
+                + ": " * bool(error["loc"])
+                + error["msg"].removeprefix("Value error, ")
+                + ("" if isinstance(error["input"], dict) else f", got {error['input']!r}")
+                for error in fault.errors()
+            )
+        ) from fault
+
+
+def best_yaml(space: Space, base: Tree, values: Values) -> tuple[str, str]:
+    """The best settings as --config of the tuned job takes them, and the command that does."""
+    if space.job == OWN:
+        return yaml.safe_dump(values, sort_keys=False), ""
+    script = _KINDS[space.job].script
+    settings = merged(base, nested(values))
+    command = f"python {script} --config best.yaml"
+    if space.job == "localization":
+        # Where the labels go is not what was searched.
+        del settings["output"]
+        command += " --output labels/"
+    text = yaml.safe_dump(json.loads(json.dumps(settings)), sort_keys=False)
+    return f"# {command}\n{text}", command
+
+
+def nested(flat: Values) -> Tree:
+    """``{"a.b": 1}`` -> ``{"a": {"b": 1}}``."""
+    tree: Tree = {}
+    for name, value in flat.items():
+        for part in reversed(name.split(".")):
+            value = {part: value}
+        tree = merged(tree, value)
+    return tree
+
+
+def _preset(name: str, known: dict[str, Tree]) -> Tree:
+    if name not in known:
+        close = ", ".join(list(known)[:8]) or "none"
+        raise ConfigError(f"--base-preset {name} is unknown; this job has {close}...")
+    return known[name]
+
+
+def _read_base(path: str) -> Tree:
+    try:
+        content = yaml.safe_load(Path(path).expanduser().read_text())
+    except (OSError, yaml.YAMLError) as fault:
+        raise ConfigError(f"--base {path} cannot be read: {one_line(fault)}") from fault
+    if not isinstance(content, dict):
+        raise ConfigError(f"--base {path} must hold names and values")
+    return content
+
+
+def _parsed(text: str, value: str) -> Any:
+    try:
+        found = yaml.safe_load(value)
+    except yaml.YAMLError as fault:
+        raise ConfigError(f"--set {text} is no YAML: {one_line(fault)}") from fault
+    if isinstance(found, str):
+        # YAML 1.1 reads 1e-3 as a text.
+        try:
+            return float(found)
+        except ValueError:
+            return found
+    return found

@@ -1,0 +1,162 @@
+"""Whole sweeps as processes on a real local Ray: killed, continued, with trials that die."""
+
+import json
+import signal
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.jobs import training
+from tests.jobs.conftest import kill, wait_for
+from tests.tuning import spaces
+
+SLOW = spaces.SCORED.replace(
+    "def run(values, report):", "def run(values, report):\n    import time; time.sleep(0.4)"
+)
+
+CLASSIFIER = """
+from ray import tune
+JOB, METRIC, MODE, PICK = "classifier", "val/accuracy", "max", "best"
+SPACE = {"optim.lr": tune.loguniform(1e-4, 1e-2)}
+GRID = {"optim.lr": [0.003]}
+"""
+
+
+def command(space: Path, output: Path, *flags: str) -> list[str]:
+    head = [sys.executable, "jobs/tune.py", "--space", str(space), "--output", str(output)]
+    return [*head, "--tracking-uri", "off", *flags]
+
+
+@pytest.fixture(autouse=True)
+def no_politeness(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's workers are polite by default: on a busy machine they would hardly run."""
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+
+
+def lines(sweep: Path, name: str = "trials.jsonl") -> list[dict[str, Any]]:
+    file = sweep / name
+    return [json.loads(one) for one in file.read_text().splitlines()] if file.exists() else []
+
+
+def test_a_wrong_space_is_told_in_one_line_before_anything_starts(tmp_path: Path) -> None:
+    space = spaces.write(tmp_path, "METRIC = 'm'")
+    done = training.finish(command(space, tmp_path / "sweeps"))
+    assert done.returncode == 2
+    assert done.stderr.startswith("ConfigError: --space space: JOB must be one of classifier")
+    assert not (tmp_path / "sweeps").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_trial_whose_process_is_killed_is_noted_and_the_others_are_run(tmp_path: Path) -> None:
+    space = spaces.write(tmp_path, spaces.KILLING)
+    flags = ("--search", "grid", "--name", "s")
+    done = training.finish(command(space, tmp_path, *flags))
+    assert done.returncode == 0, done.stderr
+    reasons = {one["values"]["fault"]: one["reason"] for one in lines(tmp_path / "s")}
+    assert reasons == {
+        "raise": "RuntimeError: broken on purpose",
+        "nan": "score is not finite: nan",
+        "kill": "the trial's process died: killed, or out of memory",
+        "memory": "MemoryError: no memory on purpose",
+        "none": None,
+    }
+    assert not list((tmp_path / "s").glob("_ray-*"))
+    again = training.finish(command(space, tmp_path, *flags))
+    assert again.returncode == 5
+    assert "holds a sweep already: --resume s goes on with it" in again.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_asha_stops_the_trials_that_are_behind_and_ends(tmp_path: Path) -> None:
+    space = spaces.write(tmp_path, spaces.FALLING)
+    flags = ("--search", "grid", "--scheduler", "asha", "--max-concurrent", "1", "--name", "s")
+    done = training.finish(command(space, tmp_path, *flags))
+    assert done.returncode == 0, done.stderr
+    found = lines(tmp_path / "s")
+    assert len(found) == 8
+    assert Counter(one["status"] for one in found)["stopped"] >= 6
+    assert found[0]["status"] == "ok"
+    assert found[0]["metric"] == 63
+    assert all(one["epochs"] < 9 for one in found if one["status"] == "stopped")
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_sweep_killed_again_and_again_loses_no_trial_and_repeats_none(
+    tmp_path: Path, times: int
+) -> None:
+    space, sweep = spaces.write(tmp_path, SLOW), tmp_path / "s"
+    flags: tuple[str, ...] = ("--num-samples", "14", "--name", "s", "--max-concurrent", "2")
+    for number in range(1, times + 1):
+        process = training.begin(command(space, tmp_path, *flags), tmp_path / "log")
+        wait_for(lambda least=3 * number: len(lines(sweep)) >= least, process)  # type: ignore[misc]
+        kill(process)
+        kept = lines(sweep)
+        assert len(kept) < 14
+        flags = ("--resume", "s", "--max-concurrent", "2")
+    done = training.finish(command(space, tmp_path, *flags))
+    assert done.returncode == 0, done.stderr
+    assert f"going on after {len(kept)} trials" in done.stdout
+    found = lines(sweep)
+    assert found[: len(kept)] == kept
+    assert sorted(one["number"] for one in found) == list(range(1, 15))
+    assert len({json.dumps(one["values"]) for one in found}) == 14
+    assert {one["status"] for one in found} == {"ok"}
+
+
+@pytest.mark.slow
+def test_a_killed_sweeps_training_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    pictures = training.write_classes(tmp_path / "pictures")
+    space, sweep = spaces.write(tmp_path, CLASSIFIER), tmp_path / "s"
+    settings = [
+        *("data.name=folder", f"data.root={pictures}", "data.loader_workers=0", "epochs=6"),
+        *("batch_size=16", "optim.warmup_epochs=1", "model.image_size=32", "model.patch_size=4"),
+        *("drloc.hidden_dim=32", f"model.options='{training.NARROW}'"),
+    ]
+    here = ("--max-concurrent", "0")
+    flags = ("--search", "grid", "--name", "s", "--set", *settings, *here)
+    process = training.begin(command(space, tmp_path, *flags), tmp_path / "log")
+    wait_for(lambda: training.epochs_done(sweep / "runs") >= 2, process)
+    kill(process)
+    assert lines(sweep) == []
+    history = training.run_folder(sweep / "runs") / "history.jsonl"
+    before = history.read_text().splitlines()[:1]
+    done = training.finish(command(space, tmp_path, "--resume", "s", *here))
+    assert done.returncode == 0, done.stderr
+    (trial,) = lines(sweep)
+    assert (trial["status"], trial["epochs"]) == ("ok", 6)
+    # The very first epoch, with its seconds: it was not trained again.
+    assert history.read_text().splitlines()[:1] == before
+
+
+def test_a_sweep_that_is_at_work_is_left_alone(tmp_path: Path) -> None:
+    space, sweep = spaces.write(tmp_path, SLOW), tmp_path / "s"
+    here = ("--max-concurrent", "0")
+    flags = ("--num-samples", "60", "--name", "s", *here)
+    process = training.begin(command(space, tmp_path, *flags), tmp_path / "log")
+    try:
+        wait_for(lambda: len(lines(sweep)) >= 1, process)
+        process.send_signal(signal.SIGSTOP)
+        done = training.finish(command(space, tmp_path, "--resume", "s", *here))
+    finally:
+        psutil.Process(process.pid).kill()
+        process.wait()
+    assert done.returncode == 5
+    assert f"in use by process {process.pid}" in done.stderr
+
+
+def test_sigterm_ends_a_sweep_with_the_way_to_go_on(tmp_path: Path) -> None:
+    space, sweep = spaces.write(tmp_path, SLOW), tmp_path / "s"
+    flags = ("--num-samples", "60", "--name", "s", "--max-concurrent", "0")
+    process = training.begin(command(space, tmp_path, *flags), tmp_path / "log")
+    wait_for(lambda: len(lines(sweep)) >= 1, process)
+    process.terminate()
+    assert process.wait(timeout=120) == 143
+    assert "the same command with --resume NAME goes on with it" in (tmp_path / "log").read_text()
