@@ -123,6 +123,7 @@ def test_the_table_can_be_measured(found: Path, photos: Path, tmp_path: Path) ->
     assert numbers["labels"]["method"] == "cad_r2"
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_killed_driver_resumes_to_the_table_of_an_uninterrupted_run(
     detect_jobs: DetectJobs, photos: Path, found: Path, tmp_path: Path

@@ -50,6 +50,7 @@ def submit(command: list[str]) -> "subprocess.CompletedProcess[str]":
     )
 
 
+@pytest.mark.slow
 def test_the_jobs_api_runs_the_job_to_success(
     head: str, label_jobs: LabelJobs, tmp_path: Path
 ) -> None:

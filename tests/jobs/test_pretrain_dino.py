@@ -238,6 +238,7 @@ def test_a_classifier_starts_from_the_teacher(
     assert 0 < training.largest_difference(backbone, teacher(uninterrupted)) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_the_labeller_takes_the_teacher_unnamed_and_finds_what_the_probe_found(
     material: Material, uninterrupted: Path, tmp_path: Path
