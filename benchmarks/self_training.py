@@ -151,7 +151,7 @@ def report(rows: dict[str, list[dict[str, Any]]], settings: Settings) -> None:
         [name, *(_cell(results, key) for key in ("ap50", "ap", "ar_100", "corloc"))]
         for name, results in rows.items()
     ]
-    print_table(f"{settings.seeds} seeds: mean [least, most]; one: its interval", columns, shown)
+    print_table(f"{settings.seeds} seeds: mean, least, most; of one: its interval", columns, shown)
     write_json(settings.output / "results.json", rows)
 
 

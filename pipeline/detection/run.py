@@ -14,7 +14,7 @@ from pipeline.detection.predictor import Predictor
 from pipeline.detection.probe import DetectionProbe, read_probe
 from pipeline.detection.setup import DetectorSetup, set_up
 from pipeline.errors import DataError
-from pipeline.pretraining.figures import curves_picture
+from pipeline.pretraining.curves_picture import curves_picture
 from pipeline.pretraining.run_folder import RunFolder
 from pipeline.pretraining.run_life import (
     Outside,

@@ -18,7 +18,8 @@ from pipeline.errors import StorageError
 from pipeline.evaluation.confusion import Confusion, count_confusion
 from pipeline.models.exporting import ClassifierDescription, Preprocessing, export_classifier
 from pipeline.pretraining.classifier_setup import ClassifierSetup, set_up
-from pipeline.pretraining.figures import confusion_picture, curves_picture
+from pipeline.pretraining.confusion_picture import confusion_picture
+from pipeline.pretraining.curves_picture import curves_picture
 from pipeline.pretraining.run_folder import RunFolder
 from pipeline.pretraining.run_life import (
     Outside,

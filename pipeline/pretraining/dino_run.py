@@ -6,9 +6,9 @@ from typing import Any
 
 from pipeline.config import PretrainDinoJob
 from pipeline.models.exported_backbone import write_backbone
+from pipeline.pretraining.curves_picture import curves_picture
 from pipeline.pretraining.dino_probe import Probes, read_probes
 from pipeline.pretraining.dino_setup import DINOSetup, set_up
-from pipeline.pretraining.figures import curves_picture
 from pipeline.pretraining.run_folder import RunFolder
 from pipeline.pretraining.run_life import (
     Outside,

@@ -11,8 +11,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from pipeline.evaluation.confusion import Confusion
-from pipeline.pretraining import figures
-from pipeline.pretraining.figures import confusion_picture, curves_picture
+from pipeline.pretraining import confusion_picture as confusion_module
+from pipeline.pretraining import curves_picture as curves_module
+from pipeline.pretraining import figure_style
+from pipeline.pretraining.confusion_picture import confusion_picture
+from pipeline.pretraining.curves_picture import curves_picture
 
 FLOOR = 1.347
 DRLOC = ("DRLoc", "position error, cells")
@@ -48,13 +51,14 @@ def history(num_epochs: int, *, drloc: bool = True) -> list[dict[str, float]]:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Figure]:
     """The figure of the last picture, as matplotlib has it."""
     seen: list[Figure] = []
-    as_png = figures._png
+    as_png = figure_style.png
 
     def keep(figure: Figure) -> bytes:
         seen.append(figure)
         return as_png(figure)
 
-    monkeypatch.setattr(figures, "_png", keep)
+    for module in (curves_module, confusion_module):
+        monkeypatch.setattr(module, "png", keep)
     return lambda: seen[-1]
 
 
