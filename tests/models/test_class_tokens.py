@@ -1,5 +1,6 @@
 """The class token of a crop of any size is timm's own, of whole patches only."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -70,7 +71,9 @@ def test_weights_say_which_network_they_are_of_and_nobody_may_contradict(tmp_pat
     file = tmp_path / "teacher.safetensors"
     assert network_of_checkpoint("a", None, default="a") == "a"
     assert network_of_checkpoint("b", str(file), default="a") == "b"
-    described = {"patchseed": {"name": "c", "weights": {"file": file.name}}}
+    file.write_bytes(b"weights")
+    weights = {"file": file.name, "sha256": hashlib.sha256(b"weights").hexdigest()}
+    described = {"patchseed": {"name": "c", "weights": weights}}
     (tmp_path / "config.json").write_text(json.dumps(described))
     assert network_of_checkpoint("a", str(file), default="a") == "c"
     assert network_of_checkpoint("c", str(file), default="a") == "c"
