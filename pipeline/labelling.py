@@ -13,8 +13,9 @@ import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from pipeline.boxes import area
+from pipeline.boxes import Boxes, area
 from pipeline.data.label_rows import (
     Image,
     Outcome,
@@ -58,6 +59,17 @@ class Method:
     precision: Precision = "fp32"
     batch_size: int | None = None
     """Images per forward pass; None is what suits the device (``BATCH_SIZES``)."""
+
+    def localize(self, tokens_BHWD: Tensor) -> Localization:
+        """The boxes of this method, in patches."""
+        return localize(
+            tokens_BHWD,
+            rule=self.rule,
+            similarity=self.similarity,
+            keep_fraction=self.keep_fraction,
+            num_candidates=self.num_candidates,
+            affinity_memory_mib=self.affinity_memory_mib,
+        )
 
 
 class PseudoBoxLabeller:
@@ -136,14 +148,25 @@ class PseudoBoxLabeller:
 
     def localize(self, features: PatchFeatures) -> Localization:
         """The boxes of this method, in patches."""
-        return localize(
-            features.tokens_BHWD,
-            rule=self.method.rule,
-            similarity=self.method.similarity,
-            keep_fraction=self.method.keep_fraction,
-            num_candidates=self.method.num_candidates,
-            affinity_memory_mib=self.method.affinity_memory_mib,
-        )
+        return self.method.localize(features.tokens_BHWD)
+
+
+def in_original_pixels(
+    boxes_B4: Boxes, stride: int, seen_B2: NDArray[np.float64], sizes_B2: NDArray[Any]
+) -> Boxes:
+    """Boxes in patches of ``stride`` pixels -> pixels of the original images.
+
+    Args:
+        boxes_B4: xyxy in patches.
+        stride: pixels per patch.
+        seen_B2: width and height of each image as the network saw it.
+        sizes_B2: of the original images.
+    """
+    # The right and bottom patches may hang over the image; only boxes are clipped, as in LOST.
+    corners_B22 = np.minimum(boxes_B4.reshape(-1, 2, 2) * stride, seen_B2[:, None])
+    corners_B22 = corners_B22 * (sizes_B2 / seen_B2)[:, None]
+    boxes_in_pixels_B4: Boxes = np.minimum(corners_B22, sizes_B2[:, None]).reshape(-1, 4)
+    return boxes_in_pixels_B4
 
 
 def _outcomes(
@@ -158,13 +181,11 @@ def _outcomes(
     columns = found.mask_BHW.shape[2]
     seed_B = found.seed_B.cpu().numpy()
     degree_B = found.degree_BN.cpu().numpy()[np.arange(len(images)), seed_B]
-    # The right and bottom patches may hang over the image; only boxes are clipped, as in LOST.
-    corners_B22 = found.boxes_B4.cpu().numpy().reshape(-1, 2, 2) * stride
-    corners_B22 = np.minimum(corners_B22, seen_B2[:, None]) * scale_B2[:, None]
-    boxes_B4 = np.minimum(corners_B22, sizes_B2[:, None]).reshape(-1, 4)
+    boxes_B4 = in_original_pixels(found.boxes_B4.cpu().numpy(), stride, seen_B2, sizes_B2)
     seeds_B2 = (np.column_stack([seed_B % columns, seed_B // columns]) + 0.5) * stride
     seeds_B2 = np.minimum(seeds_B2, seen_B2) * scale_B2
-    touches_B = (boxes_B4[:, :2] <= 0).any(1) | (boxes_B4[:, 2:] >= sizes_B2).any(1)
+    at_low_B = np.any(boxes_B4[:, :2] <= 0, axis=1)
+    touches_B = at_low_B | np.any(boxes_B4[:, 2:] >= sizes_B2, axis=1)
     fraction_B = area(boxes_B4) / sizes_B2.prod(axis=1)
     hits, scores = found.found_B.tolist(), found.score_B.tolist()
     return [

@@ -58,9 +58,7 @@ def merge_boxes(first: BoxTable, found: BoxTable, *, iou: float = 0.5) -> BoxTab
     here_N[new_K] = len(first) + np.arange(len(new_K))
     found_owner_M = np.repeat(here_N, np.diff(found.bounds))
     all_ids = pa.concat_arrays([ids, found_ids.take(pa.array(new_K))])
-    order_N = pc.array_sort_indices(all_ids).to_numpy()
-    place_N = np.empty_like(order_N)
-    place_N[order_N] = np.arange(len(order_N))
+    order_N, place_N = _order(all_ids)
     owners_M = place_N[np.concatenate([found_owner_M, owner_M[~covered_M]])].astype(np.int64)
     by_image_M = np.argsort(owners_M, kind="stable")
 
@@ -86,6 +84,14 @@ def merge_boxes(first: BoxTable, found: BoxTable, *, iou: float = 0.5) -> BoxTab
         sources=first.sources + found.sources,
         num_overlapped=first.num_overlapped + found.num_overlapped + int(covered_M.sum()),
     )
+
+
+def _order(ids: pa.Array) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """``(N,)`` each: the numbers of the images by their sorted ids, and each one's place there."""
+    order_N = pc.array_sort_indices(ids).to_numpy()
+    place_N = np.empty_like(order_N)
+    place_N[order_N] = np.arange(len(order_N))
+    return order_N, place_N
 
 
 def _covered(

@@ -30,6 +30,9 @@ from pipeline.lease import Lease
 from pipeline.storage import Location
 from pipeline.training.checkpoints import CheckpointStore
 
+HISTORY = "history.jsonl"
+"""Of a run's files, the one with a line for each epoch."""
+
 _OURS = "config.yaml"
 _LEASE = "_lease.json"
 _FAULT = "fault.json"
@@ -99,6 +102,13 @@ class RunFolder:
     def summary(self) -> dict[str, Any] | None:
         """The results; None while the run is not finished."""
         return self.read_json("summary.json")
+
+    def history(self) -> list[dict[str, float]]:
+        """The numbers of each finished epoch, as run_record.py writes them."""
+        file = self.place.child(HISTORY)
+        if file.kind() == "missing":
+            return []
+        return [json.loads(line) for line in file.read_bytes().splitlines()]
 
     def write_fault(self, fault: PatchseedError) -> None:
         """Leave word of a fault that another try would only meet again."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import StorageError
-from pipeline.pretraining.run_folder import RunFolder
+from pipeline.pretraining.run_folder import HISTORY, RunFolder
 from pipeline.progress import duration
 from pipeline.tracking import Tracker, start_tracker
 from pipeline.training.loop import StepKey
@@ -62,7 +62,7 @@ class RunRecord:
         self.tracker.log_metrics(numbers, step=epoch + 1)
         lines = "".join(json.dumps(one) + "\n" for one in self.history)
         try:
-            self.folder.place.child("history.jsonl").write_bytes(lines.encode())
+            self.folder.place.child(HISTORY).write_bytes(lines.encode())
             _remember_run(self.tracker, self.folder)
         except StorageError as fault:
             _LOG.warning("the history of epoch %d is not written: %s", epoch + 1, fault)

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pipeline.boxes import Boxes, as_boxes
+from pipeline.boxes import as_boxes
 from pipeline.config import LabelJob
 from pipeline.data.ground_truth import GroundTruth
 from pipeline.data.label_rows import Provenance, decoded_images
@@ -26,8 +26,7 @@ from pipeline.evaluation.corloc import best_ious, corloc
 from pipeline.evaluation.evaluate import read_ground_truth
 from pipeline.evaluation.matching import match
 from pipeline.evaluation.predictions import Prediction
-from pipeline.labelling import Image, Method, PseudoBoxLabeller
-from pipeline.localization.localize import localize
+from pipeline.labelling import Image, Method, PseudoBoxLabeller, in_original_pixels
 from pipeline.models.backbones import Weights, load_weights
 from pipeline.models.exported_backbone import network_of_checkpoint
 from pipeline.models.features import NORMALIZATIONS, normalize_and_pad, padded_size
@@ -117,18 +116,13 @@ def measured(folder: Location, job: LabelJob) -> dict[str, float]:
         DataError: the cache is not whole, or has no such feature.
     """
     cache = FeatureCache(folder)
-    sample, chosen = cache.sample(), job.localization
+    sample, method = cache.sample(), _method_of(job)
     boxes_N4 = np.zeros((len(sample.objects), 4))
     for rows, tokens_BHWD in cache.features((job.backbone.feature, job.backbone.block)):
-        found = localize(
-            tokens_BHWD,
-            rule=chosen.rule,
-            similarity=chosen.similarity,
-            keep_fraction=chosen.keep_fraction,
-            num_candidates=chosen.num_candidates,
-            affinity_memory_mib=chosen.affinity_memory_mib,
+        found = method.localize(tokens_BHWD)
+        boxes_B4 = in_original_pixels(
+            found.boxes_B4.numpy(), sample.stride, sample.seen_N2[rows], sample.sizes_N2[rows]
         )
-        boxes_B4 = in_original_pixels(found.boxes_B4.numpy(), sample, rows)
         boxes_N4[rows] = np.where(found.found_B.numpy()[:, None], boxes_B4, 0)
     # As the table of labels holds them.
     best_N = best_ious(as_boxes(boxes_N4.astype(np.float32)), sample.objects)
@@ -136,12 +130,14 @@ def measured(folder: Location, job: LabelJob) -> dict[str, float]:
     return {"corloc": corloc(best_N), "mean_best_iou": float(best_N.mean())}
 
 
-def in_original_pixels(boxes_B4: Boxes, sample: Sample, rows: Sequence[int]) -> Boxes:
-    """Boxes in patches, clipped to what was seen, in pixels of the original images."""
-    seen_B2, sizes_B2 = sample.seen_N2[rows], sample.sizes_N2[rows]
-    corners_B22 = np.minimum(boxes_B4.reshape(-1, 2, 2) * sample.stride, seen_B2[:, None])
-    corners_B22 = corners_B22 * (sizes_B2 / seen_B2)[:, None]
-    return as_boxes(np.minimum(corners_B22, sizes_B2[:, None]).reshape(-1, 4))
+def _method_of(job: LabelJob) -> Method:
+    """As label_images.py has it."""
+    return Method(
+        **job.localization.model_dump(),
+        normalize=job.backbone.normalize,
+        precision=job.compute.precision,
+        batch_size=job.compute.batch_size,
+    )
 
 
 def _annotated(
@@ -222,12 +218,7 @@ def _forward(
     place: tuple[int, int],
 ) -> list[Batch]:
     """Write a block's features; its batches are those that label_images.py makes of it."""
-    job, (number, first) = wanted.job, place
-    method = Method(
-        normalize=job.backbone.normalize,
-        precision=job.compute.precision,
-        batch_size=job.compute.batch_size,
-    )
+    (number, first), method = place, _method_of(wanted.job)
     labeller = PseudoBoxLabeller(
         many.backbone, method, Provenance("", "", ""), device=wanted.device
     )

@@ -4,7 +4,6 @@ What a trial raises is its outcome, not the sweep's. A trial's training run has 
 settings name, so a trial that is started again goes on from its checkpoints.
 """
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -135,7 +134,7 @@ def _train(task: TrialTask, space: Space, values: Values, told: _Told) -> Outcom
 
     def report(numbers: dict[str, float]) -> None:
         # The file and not the numbers: a run that goes on had epochs before these.
-        history = read_history(folder.place)
+        history = folder.history()
         metric = judged(space, history)
         # The last epoch is told with the results: a trial that is at its end is not stopped.
         if metric is not None and len(history) < job.num_epochs:
@@ -144,7 +143,7 @@ def _train(task: TrialTask, space: Space, values: Values, told: _Told) -> Outcom
     with folder.held(job):
         outside = Outside(tell=lambda line: None, report=report)
         summary = train_here(space.job)(job, folder, current_workers(device), outside)
-    history = read_history(folder.place)
+    history = folder.history()
     return Outcome(
         "ok",
         judged(space, history),
@@ -175,18 +174,10 @@ def folder_of(task: TrialTask, values: Values) -> str | None:
     if space.job not in TRAINED:
         return None
     try:
-        place = RunFolder.of(training_job(task, space, values)).place
+        run = RunFolder.of(training_job(task, space, values))
     except ConfigError:
         return None
-    return str(place) if read_history(place) else None
-
-
-def read_history(place: Location) -> list[dict[str, float]]:
-    """The epochs of a run's folder."""
-    file = place.child("history.jsonl")
-    if file.kind() == "missing":
-        return []
-    return [json.loads(line) for line in file.read_bytes().splitlines()]
+    return str(run.place) if run.history() else None
 
 
 def judged(space: Space, history: list[dict[str, float]]) -> float | None:

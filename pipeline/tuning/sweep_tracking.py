@@ -14,9 +14,9 @@ from typing import Any
 from pipeline.config.settings import flatten
 from pipeline.config.tuning import TuneJob
 from pipeline.errors import StorageError
+from pipeline.pretraining.run_folder import RunFolder
 from pipeline.storage import Location
 from pipeline.tracking import OFF, NoTracker, Tracker, absolute_uri, connect, start_tracker
-from pipeline.tuning.run_trial import read_history
 from pipeline.tuning.space import Space
 from pipeline.tuning.trials import Trial
 from pipeline.tuning.tuned_job import Tree
@@ -76,7 +76,7 @@ class SweepTracking:
             }
         )
         if trial.folder is not None:
-            for numbers in read_history(Location.parse(trial.folder)):
+            for numbers in RunFolder(Location.parse(trial.folder)).history():
                 epoch = int(numbers.pop("epoch"))
                 tracker.log_metrics(numbers, step=epoch)
         tracker.log_metrics({**trial.numbers, "seconds": trial.seconds})
