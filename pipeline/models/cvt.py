@@ -222,10 +222,12 @@ class ChannelNorm(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """The normalised tokens, in their own type; the statistics are float32."""
         values = tokens.float()
-        variance, mean = torch.var_mean(values, dim=-1, correction=0, keepdim=True)
+        # Not var_mean: over a short last axis it is ten times slower on a CPU.
+        centred = values - values.mean(dim=-1, keepdim=True)
+        variance = centred.square().mean(dim=-1, keepdim=True)
         # The root's gradient is infinite at 0: a constant token must not turn the run into NaN.
         deviation = variance.clamp(min=torch.finfo(torch.float32).tiny).sqrt()
-        return ((values - mean) / (deviation + self.eps) * self.weight + self.bias).to(tokens.dtype)
+        return (centred / (deviation + self.eps) * self.weight + self.bias).to(tokens.dtype)
 
 
 class Block(nn.Module):
