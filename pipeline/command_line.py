@@ -8,6 +8,8 @@ the job has presets; flags after them win.
 
 import difflib
 import inspect
+import os
+import select
 import signal
 import sys
 import traceback
@@ -54,6 +56,7 @@ def run_job(
     debug = "--debug" in sys.argv
     try:
         code = call(parse(job, sys.argv[1:], description, presets)) or 0
+        sys.stdout.flush()
     except PatchseedError as fault:
         code = fault.exit_code
         _tell(f"{type(fault).__name__}: {without_secrets(str(fault))}", debug)
@@ -66,15 +69,28 @@ def run_job(
         kept = f": what is finished is kept, {again} goes on with it" if again else ""
         _tell(f"Interrupted{kept}", debug)
     except Exception as fault:
-        # The last door: whatever is unforeseen still ends as one line and code 1.
-        code = 1
-        line = f"{type(fault).__name__}: {without_secrets(str(fault))}"
-        _tell(f"Unexpected {line} (--debug shows the traceback; please report it)", debug)
+        if isinstance(fault, BrokenPipeError) and _nobody_reads():
+            code = 128 + signal.SIGPIPE
+        else:
+            # The last door: whatever is unforeseen still ends as one line and code 1.
+            code = 1
+            line = f"{type(fault).__name__}: {without_secrets(str(fault))}"
+            _tell(f"Unexpected {line} (--debug shows the traceback; please report it)", debug)
     # Whoever stops a job twice means it: what is left is to end, and that in silence.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    sys.stdout.flush()
     sys.exit(code)
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout was closed at its other end, as `| head` does; what is left goes nowhere."""
+    stdout = sys.stdout.fileno()
+    asked = select.poll()
+    asked.register(stdout, 0)
+    if not any(event & select.POLLERR for _, event in asked.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+    return True
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:

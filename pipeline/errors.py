@@ -16,6 +16,7 @@ A message is one line: what is wrong, the legal range, the value found, and what
 | 8 | TrainingDiverged: a loss or gradient is not finite; the step was kept for replaying |
 | 9 | AllTrialsFailed: no trial of a sweep came to its end; the reasons are in its table |
 | 130, 143 | interrupted by Ctrl-C or SIGTERM; the resume command is printed |
+| 141 | who read the output went away, as `| head` does; nothing is printed |
 """
 
 

@@ -1,5 +1,7 @@
 """Flags and YAML become a checked configuration; a fault is one line and its own exit code."""
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -83,6 +85,19 @@ def test_help_needs_neither_torch_nor_ray() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip().endswith("0 set()")
+
+
+@pytest.mark.parametrize("flag", ["--help", "--list-presets"])
+def test_a_reader_that_goes_away_is_no_fault(flag: str) -> None:
+    """As of `| head`: the shell's code for it, and not a word."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "jobs/train_classifier.py", flag]
+    done = subprocess.run(
+        command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def test_missing_weights_are_one_line_and_exit_code_4(tmp_path: Path) -> None:

@@ -15,11 +15,12 @@ from pipeline.storage import one_line
 
 
 @contextmanager
-def ray_session(*, debug: bool = False) -> Iterator[None]:
+def ray_session(*, debug: bool = False, dashboard: bool = False) -> Iterator[None]:
     """Join or start Ray, and leave it at the end, whatever happens.
 
     `ray job submit` sets ``RAY_ADDRESS``; without it a local Ray is started on free ports, so that
-    a job never joins by accident the cluster of somebody else on this machine.
+    a job never joins by accident the cluster of somebody else on this machine. ``dashboard`` is of
+    that local one alone: a cluster has its own.
 
     Raises:
         ClusterError: the cluster cannot be reached, or a local one cannot be started.
@@ -38,7 +39,7 @@ def ray_session(*, debug: bool = False) -> Iterator[None]:
                 address=address,
                 logging_level=logging.INFO if debug else logging.ERROR,
                 log_to_driver=debug,
-                include_dashboard=False if address == "local" else None,
+                include_dashboard=dashboard if address == "local" else None,
             )
     except (ConnectionError, RuntimeError, ValueError) as fault:
         raise ClusterError(

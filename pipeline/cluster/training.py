@@ -10,7 +10,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import Empty
@@ -22,14 +22,11 @@ from pipeline.cluster.session import count, ray_session
 from pipeline.config import TrainingJob
 from pipeline.errors import ClusterError, ConfigError, PatchseedError
 from pipeline.pretraining.run_folder import RunFolder
-from pipeline.pretraining.run_life import Outside
+from pipeline.pretraining.run_life import Outside, TrainHere
 from pipeline.progress import duration
 from pipeline.storage import one_line
 from pipeline.tracking import OFF, absolute_uri
-from pipeline.training.workers import Workers, current_workers
-
-TrainHere = Callable[[Any, RunFolder, Workers, Outside], dict[str, Any]]
-"""A job's run on one of its workers, from its settings to its summary."""
+from pipeline.training.workers import current_workers
 
 _POLL_SECONDS = 0.2
 _WAITING_SECONDS = 20.0
@@ -113,12 +110,11 @@ def _device(job: TrainingJob, *, local_rank: int) -> torch.device:
 
 def _with_ray(job: TrainingJob, folder: RunFolder, train_here: TrainHere) -> dict[str, Any]:
     """Train in Ray Train's workers, restarted as often as the job allows."""
-    _set_ray_defaults(job)
     with ray_session(debug=job.debug):
         _require_room(job)
         say(f"Ray Train is starting: --num-workers {job.num_workers}")
         with _lines_from_workers() as lines:
-            return _fit(_WorkerTask(job, folder, train_here, lines))
+            return fit_with_workers(WorkerTask(job, folder, train_here, lines))
 
 
 def _set_ray_defaults(job: TrainingJob) -> None:
@@ -186,7 +182,7 @@ def _lines_from_workers() -> Iterator[Any]:
 
 
 @dataclass(frozen=True)
-class _WorkerTask:
+class WorkerTask:
     """What each worker is told; it pickles."""
 
     job: TrainingJob
@@ -195,11 +191,17 @@ class _WorkerTask:
     lines: Any
 
 
-def _fit(task: _WorkerTask) -> dict[str, Any]:
+def fit_with_workers(task: WorkerTask, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
+    """Train in Ray Train's workers, where there is a Ray already; the summary of the run.
+
+    Raises:
+        PatchseedError: as a worker left word of it, or ClusterError where Ray broke.
+    """
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     job, folder = task.job, task.folder
+    _set_ray_defaults(job)
     elastic = (job.min_workers, job.num_workers) if job.min_workers else job.num_workers
     # Ray keeps a little of its own for each attempt; it must not be taken for an earlier one's.
     name = f"ray-{uuid.uuid4().hex[:8]}"
@@ -214,6 +216,7 @@ def _fit(task: _WorkerTask) -> dict[str, Any]:
         ),
         run_config=RunConfig(
             name=name,
+            callbacks=list(callbacks),
             storage_path=str(folder.place),
             failure_config=FailureConfig(max_failures=job.max_failures, controller_failure_limit=1),
             checkpoint_config=CheckpointConfig(num_to_keep=None),
@@ -244,7 +247,7 @@ def _worker(config: dict[str, Any]) -> None:
     from ray import train as ray_train
     from ray.train.torch import get_device
 
-    task: _WorkerTask = config["task"]
+    task: WorkerTask = config["task"]
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     _forward_warnings(task.lines)
     if task.folder.fault() is not None:

@@ -59,6 +59,7 @@ def _run(job: TuneJob, space: Space, base: Tree, folder: SweepFolder, lease: Lea
         folder=str(folder.place),
         use_gpu=job.trial_gpus > 0,
         cpus=job.trial_cpus if job.max_concurrent != 0 else None,
+        num_workers=job.trial_workers,
         cache=None if cache is None else str(cache.folder),
     )
     tracking = open_tracking(job, space, base, folder.place, folder.trials)
@@ -77,7 +78,8 @@ def _try_all(sweep: Sweep) -> None:
         return
     from pipeline.cluster.tune_trials import run_with_ray
 
-    with ray_session(debug=sweep.job.debug):
+    # Ray gives the workers of a stopped trial back by way of its dashboard, and else never.
+    with ray_session(debug=sweep.job.debug, dashboard=sweep.job.trial_workers > 1):
         run_with_ray(sweep)
 
 

@@ -3,7 +3,8 @@
 Ray Tune gets its trials from our search, by ``_Search``, and tells us of them, by ``_Recorder``;
 what is kept, and what a resume needs, is ours (tuning/trials.py). So nothing that Tune pickles is
 ever read again. A function as its trainable keeps its process between trials: torch is imported
-once per place, not once per trial.
+once per place, not once per trial. A trial with several workers is a process that waits for a Ray
+Train run of its own.
 """
 
 import logging
@@ -14,13 +15,18 @@ from dataclasses import asdict
 from typing import Any
 
 from ray import tune
+from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import Searcher
 
 from pipeline.cluster.session import count
+from pipeline.cluster.training import WorkerTask, fit_with_workers
+from pipeline.config import TrainingJob
 from pipeline.errors import ClusterError
+from pipeline.pretraining.run_folder import RunFolder
+from pipeline.pretraining.run_life import TrainHere
 from pipeline.storage import one_line
-from pipeline.tuning.run_trial import Outcome, TrialTask, ended, run_trial
+from pipeline.tuning.run_trial import Outcome, TrialTask, Watch, ended, run_trial
 from pipeline.tuning.sweep import Sweep
 from pipeline.tuning.trials import Proposal
 from pipeline.tuning.tuned_job import num_epochs
@@ -29,6 +35,9 @@ _METRIC, _EPOCH, _OUTCOME = "metric", "epoch", "outcome"
 _OF_RAY = "_ray-"
 # For a space's own run, whose epochs nobody knows.
 _MANY_EPOCHS = 10_000
+
+# Where a trial waits for its workers; a resource that takes nothing from them.
+_AT_THE_HEAD = {"node:__internal_head__": 0.001}
 
 _ENVIRONMENT = {
     # A trial that fails has no metric to tell.
@@ -62,9 +71,12 @@ def run_with_ray(sweep: Sweep) -> None:
             # Of a driver that was killed; nobody reads it.
             place.child(left).delete()
     name = f"{_OF_RAY}{uuid.uuid4().hex[:8]}"
-    need = {"CPU": sweep.job.trial_cpus, "GPU": sweep.job.trial_gpus}
+    alone = sweep.job.trial_workers == 1
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(_trial, task=sweep.task), need),
+        tune.with_resources(
+            tune.with_parameters(_trial, task=sweep.task),
+            {"CPU": sweep.job.trial_cpus, "GPU": sweep.job.trial_gpus} if alone else _AT_THE_HEAD,
+        ),
         tune_config=tune.TuneConfig(
             metric=_METRIC,
             mode=sweep.space.mode,
@@ -72,7 +84,8 @@ def run_with_ray(sweep: Sweep) -> None:
             scheduler=_scheduler(sweep),
             num_samples=sweep.num_trials - len(sweep.folder.trials),
             max_concurrent_trials=max_concurrent(sweep),
-            reuse_actors=True,
+            # The process of a stopped trial must end for its workers to end.
+            reuse_actors=alone,
         ),
         run_config=tune.RunConfig(
             name=name,
@@ -113,15 +126,13 @@ def max_concurrent(sweep: Sweep) -> int:
         ClusterError: there is no room for one.
     """
     job = sweep.job
-    room = [
-        int(count(name) // each)
-        for name, each in (("CPU", job.trial_cpus), ("GPU", job.trial_gpus))
-        if each
-    ]
+    cpus, gpus = job.trial_cpus * job.trial_workers, job.trial_gpus * job.trial_workers
+    # Tune itself does not count a trial's Train workers: more trials would wait for each other.
+    room = [int(count(name) // each) for name, each in (("CPU", cpus), ("GPU", gpus)) if each]
     if min(room) < 1:
         raise ClusterError(
-            f"a trial needs {job.trial_cpus} CPUs and {job.trial_gpus:g} GPUs, the cluster has "
-            f"{count('CPU'):g} and {count('GPU'):g}; lower --trial-cpus or --trial-gpus"
+            f"a trial needs {cpus} CPUs and {gpus:g} GPUs, the cluster has {count('CPU'):g} and "
+            f"{count('GPU'):g}; lower --trial-workers, --trial-cpus or --trial-gpus"
         )
     return min([*room, job.max_concurrent or room[0]])
 
@@ -143,11 +154,40 @@ def _trial(config: dict[str, Any], task: TrialTask) -> None:
     def report(epoch: int, metric: float) -> None:
         tune.report({_EPOCH: epoch, _METRIC: metric})
 
-    outcome = run_trial(task, config["values"], report)
+    fit = _fit_with_workers if task.num_workers > 1 else None
+    outcome = run_trial(task, config["values"], report, fit)
     told: dict[str, Any] = {_EPOCH: outcome.epochs or 1, _OUTCOME: asdict(outcome)}
     if outcome.status == "ok":
         told[_METRIC] = outcome.metric
     tune.report(told)
+
+
+def _fit_with_workers(
+    job: TrainingJob, folder: RunFolder, train: TrainHere, watch: Watch
+) -> dict[str, Any]:
+    """Train with Ray Train's workers, from a trial's process."""
+    return fit_with_workers(WorkerTask(job, folder, train, _Unheard()), [_ToTune(watch)])
+
+
+class _Unheard:
+    """In the place of the driver's terminal: a sweep has a line for a trial's end alone."""
+
+    def put_nowait(self, line: str) -> None:
+        """Nothing."""
+
+
+class _ToTune(TuneReportCallback):  # type: ignore[misc]
+    """Tells Tune of a trial's epochs; Ray Train calls it when all workers have reported."""
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()
+        self._watch = watch
+
+    def after_report(self, run_context: Any, metrics: Any, checkpoint: Any) -> None:
+        latest = self._watch.latest()
+        if latest is not None:
+            told = {_EPOCH: latest[0], _METRIC: latest[1]}
+            super().after_report(run_context, [told], None)
 
 
 class _Search(Searcher):  # type: ignore[misc]

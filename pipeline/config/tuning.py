@@ -68,11 +68,14 @@ class TuneJob(TrackedSettings):
     """Trials at a time; None is what the cluster has room for, 0 runs them one after another in
     this process, without Ray."""
 
+    trial_workers: PositiveInt = 1
+    """Ray Train workers of each trial; with 1 it trains in its own process."""
+
     trial_cpus: PositiveInt = 1
-    """Cores (and torch threads) of each trial that trains in one process."""
+    """Cores (and torch threads) of each trial's worker."""
 
     trial_gpus: Annotated[float, Field(ge=0)] = 0
-    """GPUs of each trial that trains in one process; with more than 0 it trains on the GPU."""
+    """GPUs of each trial's worker; with more than 0 it trains on the GPU."""
 
     trial_retries: Count = 0
     """How often a trial whose process died is started again, from its last checkpoint."""
@@ -95,6 +98,16 @@ class TuneJob(TrackedSettings):
             raise ValueError(
                 "--scheduler asha compares trials that run beside each other: give "
                 "--max-concurrent at least 1"
+            )
+        if self.trial_workers > 1 and self.max_concurrent == 0:
+            raise ValueError(
+                "--trial-workers above 1 are Ray's: give --max-concurrent at least 1, or leave it "
+                "out"
+            )
+        if self.trial_workers > 1 and self.trial_gpus not in (0, 1):
+            raise ValueError(
+                f"--trial-gpus must be 0 or 1 where trials have several workers, got "
+                f"{self.trial_gpus:g}: each worker trains on a GPU of its own"
             )
         if self.resume and self.name:
             raise ValueError("--resume names the sweep: leave --name out")

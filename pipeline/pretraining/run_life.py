@@ -42,6 +42,10 @@ class Outside:
     """An epoch's numbers, from every worker: Ray Train counts the calls."""
 
 
+TrainHere = Callable[[Any, RunFolder, Workers, Outside], dict[str, Any]]
+"""A job's run on one of its workers, from its settings to its summary."""
+
+
 class Setup(Protocol):
     """What each kind's ``set_up`` gives: all of a run but its past."""
 

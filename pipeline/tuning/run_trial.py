@@ -7,6 +7,7 @@ settings name, so a trial that is started again goes on from its checkpoints.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import torch
 from pipeline.config import TrainingJob
 from pipeline.errors import ConfigError, PatchseedError
 from pipeline.pretraining.run_folder import RunFolder
-from pipeline.pretraining.run_life import Outside
+from pipeline.pretraining.run_life import Outside, TrainHere
 from pipeline.storage import Location, one_line
 from pipeline.training.workers import current_workers
 from pipeline.tuning.space import OWN, Space, Values, space_of
@@ -23,6 +24,9 @@ from pipeline.tuning.tuned_job import TRAINED, Tree, settings_of, train_here
 
 Report = Callable[[int, float], None]
 """Told the epoch from 1 and the metric so far; it may not return, where the trial is stopped."""
+
+Fit = Callable[[TrainingJob, RunFolder, TrainHere, "Watch"], dict[str, Any]]
+"""Trains a trial's run, on whichever workers, and gives its summary."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,10 @@ class TrialTask:
     folder: str
     use_gpu: bool = False
     cpus: int | None = None
-    """Threads of torch; None leaves them as they are."""
+    """Threads of torch in each worker; None leaves them as they are."""
+
+    num_workers: int = 1
+    """1 trains in the trial's own process."""
 
     cache: str | None = None
 
@@ -56,8 +63,36 @@ class Outcome:
     numbers: dict[str, float] | None = None
 
 
-def run_trial(task: TrialTask, values: Values, report: Report) -> Outcome:
-    """Run a trial to its end; whatever goes wrong in it becomes its reason."""
+@dataclass(frozen=True)
+class Watch:
+    """How far a training run is, by what lies in its folder; it pickles."""
+
+    task: TrialTask
+    folder: RunFolder
+    num_epochs: int
+
+    def latest(self) -> tuple[int, float] | None:
+        """The epoch from 1 and the metric so far, where it is measured; None after the last epoch.
+
+        That one is told with the results: a trial that is at its end is not stopped.
+        """
+        # The file and not the numbers: a run that goes on had epochs before these.
+        history = self.folder.history()
+        metric = judged(self.task.space(), history)
+        if metric is None or len(history) >= self.num_epochs:
+            return None
+        return len(history), metric
+
+
+def run_trial(task: TrialTask, values: Values, report: Report, fit: Fit | None = None) -> Outcome:
+    """Run a trial to its end; whatever goes wrong in it becomes its reason.
+
+    Args:
+        task: What all trials share.
+        values: The trial's own settings.
+        report: Told of its epochs, where it trains in this process.
+        fit: Trains its run elsewhere, and tells of epochs itself; None trains it here.
+    """
     space = task.space()
     told = _Told(report)
     if task.cpus is not None:
@@ -68,7 +103,7 @@ def run_trial(task: TrialTask, values: Values, report: Report) -> Outcome:
         elif space.job == "localization":
             outcome = _localize(task, space, values)
         else:
-            outcome = _train(task, space, values, told)
+            outcome = _train(task, space, values, fit or partial(_fit_here, told=told))
     except PatchseedError as fault:
         return Outcome("failed", told.metric, one_line(fault), told.epoch)
     except Exception as fault:  # a trial may raise whatever it likes, and run out of memory
@@ -127,22 +162,26 @@ def _localize(task: TrialTask, space: Space, values: Values) -> Outcome:
     return Outcome("ok", numbers.get(space.metric), numbers=numbers)
 
 
-def _train(task: TrialTask, space: Space, values: Values, told: _Told) -> Outcome:
-    job = training_job(task, space, values)
-    folder = RunFolder.of(job)
-    device = torch.device("cuda" if task.use_gpu else "cpu")
+def _fit_here(
+    job: TrainingJob, folder: RunFolder, train: TrainHere, watch: Watch, *, told: _Told
+) -> dict[str, Any]:
+    """Train in this process."""
 
     def report(numbers: dict[str, float]) -> None:
-        # The file and not the numbers: a run that goes on had epochs before these.
-        history = folder.history()
-        metric = judged(space, history)
-        # The last epoch is told with the results: a trial that is at its end is not stopped.
-        if metric is not None and len(history) < job.num_epochs:
-            told(len(history), metric)
+        latest = watch.latest()
+        if latest is not None:
+            told(*latest)
 
+    device = torch.device("cuda" if job.use_gpu else "cpu")
+    outside = Outside(tell=lambda line: None, report=report)
+    return train(job, folder, current_workers(device), outside)
+
+
+def _train(task: TrialTask, space: Space, values: Values, fit: Fit) -> Outcome:
+    job = training_job(task, space, values)
+    folder = RunFolder.of(job)
     with folder.held(job):
-        outside = Outside(tell=lambda line: None, report=report)
-        summary = train_here(space.job)(job, folder, current_workers(device), outside)
+        summary = fit(job, folder, train_here(space.job), Watch(task, folder, job.num_epochs))
     history = folder.history()
     return Outcome(
         "ok",
@@ -154,14 +193,15 @@ def _train(task: TrialTask, space: Space, values: Values, told: _Told) -> Outcom
 
 
 def training_job(task: TrialTask, space: Space, values: Values) -> TrainingJob:
-    """A trial's training job, in one process, below the sweep's folder, told by the sweep."""
+    """A trial's training job, below the sweep's folder and told by the sweep."""
     job: Any = settings_of(space, task.base, values)
     update = {
         "output": str(Location.parse(task.folder).child("runs")),
         "tracking_uri": "off",
         "use_gpu": task.use_gpu,
         "overwrite": False,
-        "num_workers": 0,
+        "num_workers": task.num_workers if task.num_workers > 1 else 0,
+        "cpus_per_worker": task.cpus or job.cpus_per_worker,
         "min_workers": None,
     }
     found: TrainingJob = job.model_copy(update=update)

@@ -23,6 +23,7 @@ from pipeline.config.presets import merged
 from pipeline.config.settings import Settings
 from pipeline.config.tuning import TuneJob
 from pipeline.errors import ConfigError
+from pipeline.pretraining.run_life import TrainHere
 from pipeline.storage import Location, one_line
 from pipeline.tuning.space import OWN, Space, Values
 
@@ -73,10 +74,10 @@ TRAINED = {
 """Where each job's run on one worker is found; imported late, for it takes seconds."""
 
 
-def train_here(kind: str) -> Callable[..., dict[str, Any]]:
+def train_here(kind: str) -> TrainHere:
     """A job's run on one of its workers."""
     module, name = TRAINED[kind]
-    found: Callable[..., dict[str, Any]] = getattr(importlib.import_module(module), name)
+    found: TrainHere = getattr(importlib.import_module(module), name)
     return found
 
 
@@ -117,8 +118,8 @@ def _as_given(job: TuneJob, space: Space) -> Tree:
 def _require_measurable(space: Space, settings: Any) -> None:
     if space.job in TRAINED and settings.num_workers > 1:
         raise ConfigError(
-            f"a trial trains in one process, got num_workers {settings.num_workers} in the base; "
-            "leave it out, and give each trial --trial-cpus and --trial-gpus"
+            f"the sweep says where trials run, got num_workers {settings.num_workers} in the base; "
+            "leave it out, and give --trial-workers, --trial-cpus and --trial-gpus"
         )
     if space.metric.startswith("probe/") and settings.probe.images is None:
         raise ConfigError(

@@ -160,5 +160,7 @@ def kill(process: "subprocess.Popen[str]") -> None:
     agents = [one for one in below if one.is_running() and "Agent" in one.name()]
     for agent in agents:
         agent.kill()
-    _, alive = psutil.wait_procs(below, timeout=30)
+    # Ray's word of its own end reaches all others in a second or two, but not a worker that was just
+    # being started: it gives up when it has looked for the cluster's head for a minute.
+    _, alive = psutil.wait_procs(below, timeout=90)
     assert not alive, f"outlived the driver: {alive}"
