@@ -24,7 +24,7 @@ from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from pyarrow import fs
 
-from pipeline.errors import ConfigError, StorageError
+from pipeline.errors import ConfigError, DataError, StorageError
 
 LOCAL_SCHEMES = ("", "file")
 REMOTE_SCHEMES = ("s3", "gs", "gcs")
@@ -86,6 +86,16 @@ class Location:
         info = self._reach(lambda: self.filesystem.get_file_info(self.path), "look at")
         kinds = {fs.FileType.File: "file", fs.FileType.Directory: "folder"}
         return kinds.get(info.type, "missing")
+
+    def required(self, flag: str) -> "Location":
+        """This place, which ``flag`` names.
+
+        Raises:
+            DataError: there is nothing.
+        """
+        if self.kind() == "missing":
+            raise DataError(f"{flag}: there is no {self}")
+        return self
 
     def _local_kind(self) -> str:
         # Not through Arrow, which cannot say a name that is not UTF-8.

@@ -24,6 +24,10 @@ def pretrain_dino(job: PretrainDinoJob) -> int:
     """
     job = _with_absolute_places(job)
 
+    def check() -> None:
+        for place in job.images:
+            Location.parse(place).required("--images")
+
     def finish(folder: RunFolder, summary: dict[str, Any]) -> None:
         target = Location.parse(job.output)
         content = folder.place.child("model").child(WEIGHTS).read_bytes()
@@ -36,7 +40,7 @@ def pretrain_dino(job: PretrainDinoJob) -> int:
             "--images ... --output ..."
         )
 
-    return run_training(job, pretrain_dino_here, finish)
+    return run_training(job, pretrain_dino_here, finish, check)
 
 
 def _with_absolute_places(job: PretrainDinoJob) -> PretrainDinoJob:

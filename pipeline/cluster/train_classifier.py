@@ -23,6 +23,11 @@ def train_classifier(job: TrainClassifierJob) -> int:
     Raises:
         PatchseedError: of the kind that errors.py lists; finished epochs are kept.
     """
+    job = _with_absolute_places(job)
+
+    def check() -> None:
+        if not job.data.download:
+            Location.parse(job.data.root).required("--data.root")
 
     def finish(folder: RunFolder, summary: dict[str, Any]) -> None:
         if job.export is not None:
@@ -30,7 +35,7 @@ def train_classifier(job: TrainClassifierJob) -> int:
                 say(line)
         _tell_results(summary, folder)
 
-    return run_training(_with_absolute_places(job), train_classifier_here, finish)
+    return run_training(job, train_classifier_here, finish, check)
 
 
 def _with_absolute_places(job: TrainClassifierJob) -> TrainClassifierJob:

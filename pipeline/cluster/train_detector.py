@@ -11,6 +11,7 @@ from pipeline.config import DetectJob, TrainDetectorJob
 from pipeline.detection.exported_detector import CONFIG, read_detector
 from pipeline.detection.onnx_export import export_detector_onnx
 from pipeline.detection.run import train_detector_here
+from pipeline.detection.setup import read_table
 from pipeline.errors import ConfigError
 from pipeline.pretraining.run_folder import RunFolder
 from pipeline.storage import Location
@@ -34,10 +35,17 @@ def train_detector(job: TrainDetectorJob) -> int:
     while True:
         if job.rounds > 1:
             say(f"round {job.round} of {job.rounds}")
-        run_training(job, train_detector_here, partial(_finish, job))
+        run_training(job, train_detector_here, partial(_finish, job), partial(_check, job))
         if job.round == job.rounds:
             return 0
         job = _next_round(job)
+
+
+def _check(job: TrainDetectorJob) -> None:
+    read_table(job)
+    if job.probe.images is not None and job.probe.ground_truth is not None:
+        Location.parse(job.probe.images).required("--probe.images")
+        Location.parse(job.probe.ground_truth).required("--probe.ground-truth")
 
 
 def _finish(job: TrainDetectorJob, folder: RunFolder, summary: dict[str, Any]) -> None:

@@ -36,6 +36,7 @@ def run_training(
     job: TrainingJob,
     train_here: TrainHere,
     finish: Callable[[RunFolder, dict[str, Any]], None],
+    check: Callable[[], object] = lambda: None,
 ) -> int:
     """Train what ``job`` describes, or go on with it, and tell the results.
 
@@ -43,6 +44,7 @@ def run_training(
         job: With absolute places: workers may be in other folders, and on other machines.
         train_here: The run on one worker; it pickles.
         finish: Told the results, once, on the driver.
+        check: Raises what would stop each worker, before any is started.
 
     Returns:
         The exit code: 0.
@@ -60,6 +62,8 @@ def run_training(
             workers = current_workers(_device(job, local_rank=0))
             summary = train_here(job, folder, workers, Outside(tell=say))
         else:
+            if folder.summary() is None:
+                check()
             summary = _with_ray(job, folder, train_here)
         finish(folder, summary)
     return 0

@@ -47,12 +47,8 @@ class TrainClassifierJob(TrainingJob):
             raise ValueError(
                 f"--batch-size must be even with mixup or cutmix, got {self.batch_size}"
             )
-        if self.batch_size < max(1, self.num_workers) * self.optim.accumulate * (2 if mixes else 1):
-            raise ValueError(
-                f"--batch-size {self.batch_size} leaves nothing for some of "
-                f"{max(1, self.num_workers)} workers with {self.optim.accumulate} parts each"
-                f"{', which mixup takes in pairs' if mixes else ''}; raise it"
-            )
+        # Mixup takes images in pairs.
+        self.require_work_for_all(self.batch_size, self.optim.accumulate * (2 if mixes else 1))
         if self.model.pretrained and self.model.checkpoint:
             raise ValueError(
                 "--model.pretrained and --model.checkpoint contradict each other: give one of them"

@@ -212,12 +212,7 @@ class TrainDetectorJob(TrainingJob):
         self.require_agreeing_workers()
         if self.round > self.rounds:
             raise ValueError(f"--round must be at most --rounds {self.rounds}, got {self.round}")
-        workers = max(1, self.num_workers)
-        if self.batch_size < workers * self.optim.accumulate:
-            raise ValueError(
-                f"--batch-size {self.batch_size} leaves nothing for some of {workers} workers with "
-                f"{self.optim.accumulate} parts each"
-            )
+        self.require_work_for_all(self.batch_size, self.optim.accumulate)
         return self
 
     @property

@@ -175,13 +175,9 @@ def read_ground_truth(place: Location) -> list[GroundTruth]:
     Raises:
         DataError: there is nothing, or it is damaged.
     """
-    match place.kind():
-        case "folder":
-            return read_voc(place)
-        case "file":
-            return read_coco(place)
-        case _:
-            raise DataError(f"--ground-truth: there is no {place}")
+    if place.required("--ground-truth").kind() == "folder":
+        return read_voc(place)
+    return read_coco(place)
 
 
 def _best_ious(

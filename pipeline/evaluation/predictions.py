@@ -83,11 +83,8 @@ def read_predictions(place: Location) -> Iterator[Prediction]:
     Raises:
         DataError: the place is missing, is neither of the two, or holds impossible boxes.
     """
-    kind = place.kind()
-    if kind == "folder":
+    if place.required("--labels").kind() == "folder":
         return _from_table(place)
-    if kind == "missing":
-        raise DataError(f"--labels: there is no {place}")
     if place.name.lower().endswith(".parquet"):
         raise DataError(
             f"--labels {place} is a single file: give the folder of the table, in which "

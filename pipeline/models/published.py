@@ -140,5 +140,5 @@ def _is_known(name: str) -> bool:
 
 
 def _hint(name: str, known: list[str], listing: str) -> str:
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     return f"did you mean {' or '.join(close)}?" if close else f"see {listing}"

@@ -103,7 +103,9 @@ def test_another_detectors_weights_are_refused_with_what_was_asked_for(tmp_path:
 
 
 def test_more_workers_than_images_of_a_batch_are_refused() -> None:
-    with pytest.raises(ValueError, match="--batch-size 2 leaves nothing for some of 4 workers"):
+    with pytest.raises(
+        ValueError, match="--batch-size must be at least 4, 1 for each of 4 workers, got 2"
+    ):
         preset("nano", batch_size=2, num_workers=4)
     with pytest.raises(ConfigError, match="anchor_sizes must be 5"):
         options(preset("fast-fpn", detector={"kind": "fpn", "anchor_sizes": [8.0]}))

@@ -160,7 +160,7 @@ def kill(process: "subprocess.Popen[str]") -> None:
     agents = [one for one in below if one.is_running() and "Agent" in one.name()]
     for agent in agents:
         agent.kill()
-    # Ray's word of its own end reaches all others in a second or two, but not a worker that was just
-    # being started: it gives up when it has looked for the cluster's head for a minute.
+    # Most end in seconds; a worker that was just being started looks for its cluster for half a
+    # minute, and does nothing else, before it gives up.
     _, alive = psutil.wait_procs(below, timeout=90)
     assert not alive, f"outlived the driver: {alive}"

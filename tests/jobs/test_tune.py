@@ -125,7 +125,7 @@ def test_a_sweep_killed_again_and_again_loses_no_trial_and_repeats_none(
 def test_trials_of_two_workers_are_stopped_and_their_workers_make_room(tmp_path: Path) -> None:
     """On two cores each trial needs both: one whose workers outlived it would hang the next."""
     pictures = training.write_classes(tmp_path / "pictures")
-    source = CLASSIFIER.replace("[0.003]", "[0.003, 1e-7, 2e-7, 3e-7]")
+    source = CLASSIFIER.replace("[0.003]", "[0.003, 1e-7, 2e-7]")
     space, sweep = spaces.write(tmp_path, source), tmp_path / "s"
     settings = small_classifier(pictures)
     flags = [*("--search", "grid", "--name", "s", "--trial-workers", "2", "--max-concurrent", "1")]
@@ -134,8 +134,8 @@ def test_trials_of_two_workers_are_stopped_and_their_workers_make_room(tmp_path:
     assert done.returncode == 0, done.stderr
     first, *others = lines(sweep)
     assert (first["status"], first["epochs"]) == ("ok", 6)
-    assert [one["status"] for one in others] == ["stopped"] * 3
-    assert [one["epochs"] for one in others] == [2] * 3
+    assert [one["status"] for one in others] == ["stopped"] * 2
+    assert [one["epochs"] for one in others] == [2] * 2
     summary = json.loads((Path(first["folder"]) / "summary.json").read_text())
     assert summary["num_workers"] == 2
     assert summary["metrics"]["val/accuracy_best"] == first["metric"]
