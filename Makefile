@@ -4,6 +4,9 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Tests beside each other, a file of them in one process; each with one thread, as the cores are taken.
+JOBS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 .PHONY: demo test test-all check format clean help
 
@@ -22,11 +25,11 @@ $(READY): requirements.txt pyproject.toml
 demo: $(READY)  ## sample collection -> pseudo labels -> CorLoc -> pictures (WEIGHTS=FILE for another ViT)
 	$(BIN)/python jobs/demo.py $(if $(WEIGHTS),--weights $(WEIGHTS))
 
-test: $(READY)  ## the whole test suite but the slow tests
-	$(BIN)/python -m pytest -m "not slow"
+test: $(READY)  ## the whole test suite but the slow tests (JOBS=4: four at a time)
+	$(PYTEST) -m "not slow"
 
 test-all: $(READY)  ## the slow tests too
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 check: $(READY)  ## formatting, lint, types, and who may import whom
 	$(BIN)/ruff format --check .

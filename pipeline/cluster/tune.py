@@ -15,6 +15,7 @@ from pipeline.lease import Lease
 from pipeline.storage import Location
 from pipeline.tuning.feature_cache import FeatureCache
 from pipeline.tuning.localization_sweep import Wanted, fill, sources_of
+from pipeline.tuning.population import population_of
 from pipeline.tuning.results import print_results, result_files
 from pipeline.tuning.run_trial import TrialTask
 from pipeline.tuning.space import Space, read_space
@@ -42,6 +43,7 @@ def tune(job: TuneJob) -> int:
         job, base = folder.settled(job, space)
         if base is None:
             base = base_of(job, space)
+        population_of(job, space, base)  # or it is refused
         folder.begin(job, space, base)
         say(f"sweep {place}")
         if folder.trials:
@@ -127,7 +129,7 @@ def _finish(sweep: Sweep) -> None:
     print_results(space, trials, Console())
     best = best_of(space, trials)
     counts = {f"trials/{name}": sum(one.status == name for one in trials)
-              for name in ("ok", "stopped", "failed")}  # fmt: skip
+              for name in ("ok", "part", "stopped", "failed")}  # fmt: skip
     found = {} if best is None else {f"best/{space.metric}": best.metric or 0.0}
     sweep.tracking.sweep_ended({**counts, **found}, files)
     if best is None:
@@ -139,4 +141,9 @@ def _finish(sweep: Sweep) -> None:
     say(f"best     {sweep.folder.place.child('best.yaml')}")
     if command:
         say(f"use      {command}")
+    if best.segment is not None:
+        say(
+            f"trained  {sweep.folder.place.child('schedule.md')}: best.yaml has the values of the "
+            "last epochs alone, and does not repeat this run"
+        )
     say(f"all      {sweep.folder.place.child('table.md')}, trials.csv, pictures/")

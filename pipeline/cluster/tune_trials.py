@@ -27,6 +27,7 @@ from pipeline.pretraining.run_folder import RunFolder
 from pipeline.pretraining.run_life import TrainHere
 from pipeline.storage import one_line
 from pipeline.tuning.run_trial import Outcome, TrialTask, Watch, ended, run_trial
+from pipeline.tuning.segment import SegmentTask
 from pipeline.tuning.sweep import Sweep
 from pipeline.tuning.trials import Proposal
 from pipeline.tuning.tuned_job import num_epochs
@@ -138,7 +139,8 @@ def max_concurrent(sweep: Sweep) -> int:
 
 
 def _scheduler(sweep: Sweep) -> Any:
-    if sweep.job.scheduler == "none":
+    if sweep.job.scheduler != "asha":
+        # A population is ours (tuning/population.py): Tune sees one segment after the other.
         return None
     return ASHAScheduler(
         time_attr=_EPOCH,
@@ -154,10 +156,16 @@ def _trial(config: dict[str, Any], task: TrialTask) -> None:
     def report(epoch: int, metric: float) -> None:
         tune.report({_EPOCH: epoch, _METRIC: metric})
 
-    fit = _fit_with_workers if task.num_workers > 1 else None
-    outcome = run_trial(task, config["values"], report, fit)
+    segment = config["segment"]
+    outcome = run_trial(
+        task,
+        config["values"],
+        report,
+        segment=None if segment is None else SegmentTask(**segment),
+        fit=_fit_with_workers if task.num_workers > 1 else None,
+    )
     told: dict[str, Any] = {_EPOCH: outcome.epochs or 1, _OUTCOME: asdict(outcome)}
-    if outcome.status == "ok":
+    if outcome.status in ("ok", "part"):
         told[_METRIC] = outcome.metric
     tune.report(told)
 
@@ -204,9 +212,12 @@ class _Search(Searcher):  # type: ignore[misc]
     def suggest(self, trial_id: str) -> Any:
         proposed = self._recorder.guarded(self._sweep.next)
         if proposed is None:
-            return Searcher.FINISHED
+            # None has Tune ask again after its next event.
+            waits = self._recorder.fault is None and self._sweep.waits
+            return None if waits else Searcher.FINISHED
         self._recorder.running[trial_id] = (proposed, time.monotonic())
-        return {"values": proposed.values}
+        segment = self._sweep.segment_of(proposed)
+        return {"values": proposed.values, "segment": segment and asdict(segment)}
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
         """Nothing: the recorder is told, and the sweep's folder knows."""

@@ -8,10 +8,11 @@ from pipeline.config.settings import PositiveInt, Seed, TrackedSettings
 from pipeline.config.training import Count
 
 Searcher = Literal["random", "grid", "tpe"]
-Scheduler = Literal["none", "asha"]
+Scheduler = Literal["none", "asha", "pbt"]
 
 _OF_THE_SWEEP = ("base", "base_preset", "set", "labels_for", "ground_truth", "num_images",
-                 "search", "scheduler", "grace_epochs", "reduction_factor", "seed")  # fmt: skip
+                 "search", "scheduler", "grace_epochs", "reduction_factor", "perturb_epochs",
+                 "seed")  # fmt: skip
 
 
 class TuneJob(TrackedSettings):
@@ -53,16 +54,22 @@ class TuneJob(TrackedSettings):
     """random; grid, the space's GRID; or tpe (Optuna), which learns from earlier trials."""
 
     num_samples: PositiveInt | None = None
-    """Trials at most; None is 16 and, for a grid, all of its points."""
+    """Trials at most, or with --scheduler pbt members; None is 16 and, for a grid, all of its
+    points."""
 
     scheduler: Scheduler = "none"
-    """asha stops the trials that are behind after grace_epochs, and at multiples of it."""
+    """asha stops the trials that are behind after grace_epochs, and at multiples of it. pbt trains
+    a population: every perturb_epochs the last quarter goes on from copies of the first, with
+    knobs changed."""
 
     grace_epochs: PositiveInt = 1
     """Epochs before the first trial may be stopped."""
 
     reduction_factor: Annotated[int, Field(ge=2)] = 3
     """asha: one in so many goes on at each halt."""
+
+    perturb_epochs: PositiveInt = 5
+    """pbt: epochs of each generation (of a detector: windows)."""
 
     max_concurrent: Count | None = None
     """Trials at a time; None is what the cluster has room for, 0 runs them one after another in
@@ -108,6 +115,21 @@ class TuneJob(TrackedSettings):
             raise ValueError(
                 f"--trial-gpus must be 0 or 1 where trials have several workers, got "
                 f"{self.trial_gpus:g}: each worker trains on a GPU of its own"
+            )
+        if self.scheduler == "pbt" and self.trial_workers > 1:
+            raise ValueError(
+                f"--scheduler pbt trains each member in one process: --trial-workers must be 1, "
+                f"got {self.trial_workers}"
+            )
+        if self.scheduler == "pbt" and self.search != "random":
+            raise ValueError(
+                f"--scheduler pbt draws its first generation: --search must be random, got "
+                f"{self.search}"
+            )
+        if self.scheduler == "pbt" and self.num_samples is not None and self.num_samples < 2:
+            raise ValueError(
+                "--num-samples must be at least 2 with --scheduler pbt, and better 8 or more, got "
+                f"{self.num_samples}: it is the members of the population"
             )
         if self.resume and self.name:
             raise ValueError("--resume names the sweep: leave --name out")

@@ -19,6 +19,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 import tempfile
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -108,9 +109,27 @@ class CheckpointStore:
         entry = _Entry(epoch, file, None if score is None else float(score), sha256, size)
         # A run that went back to an earlier epoch goes another way from there.
         kept = self._worth_keeping([*(old for old in listed if old.epoch < epoch), entry])
-        index = {"version": INDEX_VERSION, "checkpoints": [asdict(entry) for entry in kept]}
-        self.folder.child(INDEX_NAME).write_bytes(json.dumps(index, indent=1).encode())
+        self._write_index(kept)
         self._clean({entry.file for entry in kept})
+
+    def begin_with(self, other: "CheckpointStore") -> None:
+        """Copy all checkpoints of another run, unless there are some here already.
+
+        Raises:
+            StorageError: the other run has none, or they cannot be copied; none is here then.
+        """
+        if self._index():
+            return
+        entries = other._index()
+        if not entries:
+            raise StorageError(f"{other.folder} holds no checkpoint to begin with")
+        for entry in entries:
+            with (
+                self.folder.child(entry.file).publishing() as stream,
+                other.folder.child(entry.file).open() as source,
+            ):
+                shutil.copyfileobj(source, stream, _CHUNK)
+        self._write_index(entries)
 
     def latest(self) -> SavedState | None:
         """The newest checkpoint that is whole; None where none was ever finished.
@@ -136,6 +155,10 @@ class CheckpointStore:
         """The newest and the best of ``entries``, which are in the order of their epochs."""
         newest, best = entries[-self.keep :], _best_first(entries)[:1]
         return [entry for entry in entries if entry in newest or entry in best]
+
+    def _write_index(self, entries: Sequence[_Entry]) -> None:
+        index = {"version": INDEX_VERSION, "checkpoints": [asdict(entry) for entry in entries]}
+        self.folder.child(INDEX_NAME).write_bytes(json.dumps(index, indent=1).encode())
 
     def _write(self, file: str, state: dict[str, Any]) -> tuple[str, int]:
         """Write the state whole under that name; its sha256 and bytes."""

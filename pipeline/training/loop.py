@@ -130,9 +130,16 @@ class LoopState:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go back to what ``state_dict`` gave."""
+        """Go back to what ``state_dict`` gave; the optimiser keeps its own decay and rates."""
         self.objective.load_state_dict(state["objective"])
+        built = [
+            {name: value for name, value in group.items() if name != "params"}
+            for group in self.optimizer.param_groups
+        ]
         self.optimizer.load_state_dict(state["optimizer"])
+        # The state brings its settings along; those that count are this run's.
+        for group, own in zip(self.optimizer.param_groups, built, strict=True):
+            group.update(own)
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.scaler.load_state_dict(state["scaler"])

@@ -116,14 +116,7 @@ def _distribution(knob: Knob) -> Any:
 def _as_optuna(knob: Knob, value: Any) -> Any:
     if not isinstance(knob, Choice):
         return value
-    return next(index for index, one in enumerate(knob.values) if _same(one, value))
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Equal, also after a way through JSON, which knows no tuples."""
-    if isinstance(one, tuple | list) and isinstance(other, tuple | list):
-        return list(one) == list(other)
-    return bool(one == other) and isinstance(one, bool) == isinstance(other, bool)
+    return knob.index(value)
 
 
 def _suggested(asked: Any, name: str, knob: Knob) -> Any:

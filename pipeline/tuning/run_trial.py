@@ -18,6 +18,7 @@ from pipeline.pretraining.run_folder import RunFolder
 from pipeline.pretraining.run_life import Outside, TrainHere
 from pipeline.storage import Location, one_line
 from pipeline.training.workers import current_workers
+from pipeline.tuning.segment import SegmentTask, train_segment
 from pipeline.tuning.space import OWN, Space, Values, space_of
 from pipeline.tuning.trials import Proposal, Status, Trial, finite
 from pipeline.tuning.tuned_job import TRAINED, Tree, settings_of, train_here
@@ -84,13 +85,21 @@ class Watch:
         return len(history), metric
 
 
-def run_trial(task: TrialTask, values: Values, report: Report, fit: Fit | None = None) -> Outcome:
+def run_trial(
+    task: TrialTask,
+    values: Values,
+    report: Report,
+    *,
+    segment: SegmentTask | None = None,
+    fit: Fit | None = None,
+) -> Outcome:
     """Run a trial to its end; whatever goes wrong in it becomes its reason.
 
     Args:
         task: What all trials share.
         values: The trial's own settings.
         report: Told of its epochs, where it trains in this process.
+        segment: The part of the run that it is to train; None is all of it.
         fit: Trains its run elsewhere, and tells of epochs itself; None trains it here.
     """
     space = task.space()
@@ -102,6 +111,8 @@ def run_trial(task: TrialTask, values: Values, report: Report, fit: Fit | None =
             outcome = _run_own(space, values, told)
         elif space.job == "localization":
             outcome = _localize(task, space, values)
+        elif segment is not None:
+            outcome = _train_segment(task, space, values, told, segment)
         else:
             outcome = _train(task, space, values, fit or partial(_fit_here, told=told))
     except PatchseedError as fault:
@@ -110,7 +121,7 @@ def run_trial(task: TrialTask, values: Values, report: Report, fit: Fit | None =
         return Outcome(
             "failed", told.metric, f"{type(fault).__name__}: {one_line(fault)}", told.epoch
         )
-    if outcome.status == "ok" and finite(outcome.metric) is None:
+    if outcome.status in ("ok", "part") and finite(outcome.metric) is None:
         reason = f"{space.metric} was never measured"
         if outcome.metric is not None:
             reason = f"{space.metric} is not finite: {outcome.metric}"
@@ -131,6 +142,7 @@ def ended(proposed: Proposal, outcome: Outcome, began: float) -> Trial:
         epochs=outcome.epochs,
         folder=outcome.folder,
         numbers=outcome.numbers or {},
+        segment=proposed.segment,
     )
 
 
@@ -192,11 +204,43 @@ def _train(task: TrialTask, space: Space, values: Values, fit: Fit) -> Outcome:
     )
 
 
-def training_job(task: TrialTask, space: Space, values: Values) -> TrainingJob:
+def _train_segment(
+    task: TrialTask, space: Space, values: Values, told: _Told, segment: SegmentTask
+) -> Outcome:
+    job = training_job(task, space, values, segment.output)
+    folder = RunFolder.of(job)
+    workers = current_workers(torch.device("cuda" if task.use_gpu else "cpu"))
+    of_now = replace(space, pick="last")
+
+    def on_epoch(epochs: int) -> None:
+        metric = judged(of_now, folder.history()[segment.after :])
+        if metric is not None and epochs < job.num_epochs:
+            told(epochs, metric)
+
+    with folder.held(job):
+        summary = train_segment(
+            segment,
+            folder,
+            job.num_epochs,
+            lambda outside: train_here(space.job)(job, folder, workers, outside),
+            on_epoch,
+        )
+    history, place = folder.history(), str(folder.place)
+    if summary is None:
+        # By what it is now: a best epoch of before would hide that it has got worse.
+        metric = judged(of_now, history[segment.after : segment.until])
+        return Outcome("part", metric, epochs=segment.until, folder=place)
+    metric = judged(space, history)
+    return Outcome("ok", metric, epochs=len(history), folder=place, numbers=summary["metrics"])
+
+
+def training_job(
+    task: TrialTask, space: Space, values: Values, output: str | None = None
+) -> TrainingJob:
     """A trial's training job, below the sweep's folder and told by the sweep."""
     job: Any = settings_of(space, task.base, values)
     update = {
-        "output": str(Location.parse(task.folder).child("runs")),
+        "output": output or str(Location.parse(task.folder).child("runs")),
         "tracking_uri": "off",
         "use_gpu": task.use_gpu,
         "overwrite": False,
@@ -208,13 +252,13 @@ def training_job(task: TrialTask, space: Space, values: Values) -> TrainingJob:
     return found
 
 
-def folder_of(task: TrialTask, values: Values) -> str | None:
+def folder_of(task: TrialTask, values: Values, output: str | None = None) -> str | None:
     """The folder of a trial's training run, where it has trained an epoch."""
     space = task.space()
     if space.job not in TRAINED:
         return None
     try:
-        run = RunFolder.of(training_job(task, space, values))
+        run = RunFolder.of(training_job(task, space, values, output))
     except ConfigError:
         return None
     return str(run.place) if run.history() else None

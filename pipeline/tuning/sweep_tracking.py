@@ -73,10 +73,12 @@ class SweepTracking:
                 "patchseed.trial": trial.number,
                 "patchseed.status": trial.status,
                 **({"patchseed.reason": trial.reason} if trial.reason else {}),
+                **_place_tags(trial),
             }
         )
         if trial.folder is not None:
-            for numbers in RunFolder(Location.parse(trial.folder)).history():
+            after = trial.segment.after if trial.segment else 0
+            for numbers in RunFolder(Location.parse(trial.folder)).history()[after:]:
                 epoch = int(numbers.pop("epoch"))
                 tracker.log_metrics(numbers, step=epoch)
         tracker.log_metrics({**trial.numbers, "seconds": trial.seconds})
@@ -126,6 +128,16 @@ def open_tracking(
     for trial in trials:
         tracking.trial_ended(trial, base)
     return tracking
+
+
+def _place_tags(trial: Trial) -> dict[str, Any]:
+    """Where a segment stands in its population."""
+    segment = trial.segment
+    if segment is None:
+        return {}
+    names = ("generation", "member", "parent")
+    found = {f"patchseed.{name}": getattr(segment, name) for name in names}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _known(folder: Location) -> dict[str, Any]:

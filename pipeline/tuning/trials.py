@@ -27,9 +27,31 @@ from pipeline.lease import Lease
 from pipeline.storage import Location, one_line
 from pipeline.tuning.space import Space, Values
 
-Status = Literal["ok", "stopped", "failed"]
+Status = Literal["ok", "part", "stopped", "failed"]
+
+DEFAULT_SAMPLES = 16
+"""Trials, where nobody said how many; or members of a population."""
 
 _SETTINGS, _BASE = "sweep.yaml", "base.yaml"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The place of a trial that trains a member of a population for some epochs (population.py).
+
+    Attributes:
+        member: of the population, from 1.
+        generation: from 1.
+        parent: number of the trial whose checkpoints it begins with; None in the first generation.
+        after: epochs that were trained before it.
+        until: the last epoch that it trains, from 1.
+    """
+
+    member: int
+    generation: int
+    parent: int | None
+    after: int
+    until: int
 
 
 @dataclass(frozen=True)
@@ -39,6 +61,7 @@ class Proposal:
     number: int
     id: str
     values: Values
+    segment: Segment | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -46,7 +69,8 @@ class Trial(Proposal):
     """A trial that has ended.
 
     Attributes:
-        status: ok, stopped (by a scheduler, behind others), or failed.
+        status: ok, part (its generation is over, and later segments go on), stopped (by a
+            scheduler, behind others), or failed.
         metric: what it is judged by; None where it never got there.
         seconds: that it took, since the last start.
         reason: why it failed.
@@ -64,11 +88,11 @@ class Trial(Proposal):
     numbers: dict[str, float] = field(default_factory=dict)
 
 
-def proposal(number: int, values: Values) -> Proposal:
+def proposal(number: int, values: Values, segment: Segment | None = None) -> Proposal:
     """The trial of that number; its name says where it comes, and hashes its values."""
     # As it will be read again, which makes lists of tuples.
     plain = json.loads(json.dumps(values))
-    return Proposal(number, f"{number:04d}-{config_hash(plain)[:8]}", plain)
+    return Proposal(number, f"{number:04d}-{config_hash(plain)[:8]}", plain, segment=segment)
 
 
 class SweepFolder:
@@ -129,8 +153,8 @@ class SweepFolder:
         if not exists:
             raise ConfigError(f"--resume {job.resume}: there is no sweep in {self.place}")
         kept = self._read_yaml(_SETTINGS)
-        self._proposals = [Proposal(**line) for line in self._lines("proposals.jsonl")]
-        self._trials = [Trial(**line) for line in self._lines("trials.jsonl")]
+        self._proposals = [Proposal(**_read(one)) for one in self._lines("proposals.jsonl")]
+        self._trials = [Trial(**_read(one)) for one in self._lines("trials.jsonl")]
         return _resumed(job, space, kept), self._read_yaml(_BASE)
 
     def begin(self, job: TuneJob, space: Space, base: dict[str, Any]) -> None:
@@ -191,6 +215,12 @@ class SweepFolder:
         return values
 
 
+def _read(line: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a line; sweeps without a population have no segments."""
+    segment = line.get("segment")
+    return {**line, "segment": None if segment is None else Segment(**segment)}
+
+
 def sweep_name(job: TuneJob, space: Space) -> str:
     """The name given, or the space's with a hash of what decides the trials."""
     given = job.resume or job.name
@@ -247,6 +277,11 @@ def _resumed(job: TuneJob, space: Space, kept: dict[str, Any]) -> TuneJob:
                 f"{flag} must stay {value} in a sweep that goes on, got {asked[name]}; leave it "
                 "out, or begin another sweep with --name"
             )
+    if kept.get("scheduler") == "pbt" and job.num_samples not in (None, num_samples):
+        raise ConfigError(
+            f"--num-samples must stay {num_samples or DEFAULT_SAMPLES} in a population that goes "
+            f"on, got {job.num_samples}; leave it out, or begin another sweep with --name"
+        )
     return TuneJob.model_validate(
         {**job.model_dump(), **kept, "num_samples": job.num_samples or num_samples}
     )

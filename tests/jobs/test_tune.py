@@ -31,15 +31,6 @@ def command(space: Path, output: Path, *flags: str) -> list[str]:
     return [*head, "--tracking-uri", "off", *flags]
 
 
-def small_classifier(pictures: Path) -> list[str]:
-    """The base of a run of seconds."""
-    return [
-        *("data.name=folder", f"data.root={pictures}", "data.loader_workers=0", "epochs=6"),
-        *("batch_size=16", "optim.warmup_epochs=1", "model.image_size=32", "model.patch_size=4"),
-        *("drloc.hidden_dim=32", f"model.options='{training.NARROW}'"),
-    ]
-
-
 @pytest.fixture(autouse=True)
 def no_politeness(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray's workers are polite by default: on a busy machine they would hardly run."""
@@ -127,7 +118,7 @@ def test_trials_of_two_workers_are_stopped_and_their_workers_make_room(tmp_path:
     pictures = training.write_classes(tmp_path / "pictures")
     source = CLASSIFIER.replace("[0.003]", "[0.003, 1e-7, 2e-7]")
     space, sweep = spaces.write(tmp_path, source), tmp_path / "s"
-    settings = small_classifier(pictures)
+    settings = training.settings(pictures)
     flags = [*("--search", "grid", "--name", "s", "--trial-workers", "2", "--max-concurrent", "1")]
     asha = ["--scheduler", "asha", "--grace-epochs", "2", "--reduction-factor", "2"]
     done = training.finish(command(space, tmp_path, *flags, *asha, "--set", *settings))
@@ -147,7 +138,7 @@ def test_a_killed_sweeps_training_run_goes_on_from_its_checkpoint(tmp_path: Path
     pictures = training.write_classes(tmp_path / "pictures")
     space, sweep = spaces.write(tmp_path, CLASSIFIER), tmp_path / "s"
     here = ("--max-concurrent", "0")
-    flags = ("--search", "grid", "--name", "s", *here, "--set", *small_classifier(pictures))
+    flags = ("--search", "grid", "--name", "s", *here, "--set", *training.settings(pictures))
     process = training.begin(command(space, tmp_path, *flags), tmp_path / "log")
     wait_for(lambda: training.epochs_done(sweep / "runs") >= 2, process)
     kill(process)

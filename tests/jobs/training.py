@@ -61,6 +61,15 @@ def command(data: Path, output: Path, *flags: str) -> list[str]:
     ]
 
 
+def settings(data: Path, epochs: int = 6) -> list[str]:
+    """Much the same run as the base of a sweep."""
+    return [
+        *("data.name=folder", f"data.root={data}", "data.loader_workers=0", f"epochs={epochs}"),
+        *("batch_size=16", "optim.warmup_epochs=1", "model.image_size=32", "model.patch_size=4"),
+        *("drloc.hidden_dim=32", "optim.lr_batch=null", f"model.options='{NARROW}'"),
+    ]
+
+
 def pretraining(images: Path, output: Path, *flags: str) -> list[str]:
     """A DINO run of 4 epochs, with a teacher that moves and a tenth of the preset's work."""
     return [

@@ -76,11 +76,11 @@ def test_an_interrupted_sweep_ends_in_the_trials_of_an_uninterrupted_one(
     tune(job(tmp_path / "whole", spaces.SCORED, search=search, num_samples=14))
     calls: list[int] = []
 
-    def interrupted(*args: Any) -> Any:
+    def interrupted(*args: Any, **named: Any) -> Any:
         calls.append(1)
         if len(calls) == 12:
             raise KeyboardInterrupt
-        return run_trial(*args)
+        return run_trial(*args, **named)
 
     monkeypatch.setattr(sweep_module, "run_trial", interrupted)
     with pytest.raises(KeyboardInterrupt):
