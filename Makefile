@@ -28,8 +28,8 @@ demo: $(READY)  ## sample collection -> pseudo labels -> CorLoc -> pictures (WEI
 test: $(READY)  ## the whole test suite but the slow tests (JOBS=4: four at a time)
 	$(PYTEST) -m "not slow"
 
-test-all: $(READY)  ## the slow tests too
-	$(PYTEST)
+test-all: $(READY)  ## the slow tests too, one after the other
+	$(BIN)/python -m pytest
 
 check: $(READY)  ## formatting, lint, types, and who may import whom
 	$(BIN)/ruff format --check .

@@ -83,14 +83,17 @@ class _Run(TrainingRun):
 
     def finish(self, tracker: Tracker) -> dict[str, Any]:
         """Test the last and the selected epoch, write the model, the pictures and the summary."""
-        metrics = {"val/accuracy_last": self._measure(self.setup.validation).accuracy}
+        confusion = self._measure(self.setup.validation)
+        metrics = {"val/accuracy_last": confusion.accuracy}
         if self.setup.test is not None:
-            metrics["test/accuracy_last"] = self._measure(self.setup.test).accuracy
+            confusion = self._measure(self.setup.test)
+            metrics["test/accuracy_last"] = confusion.accuracy
         best = self.folder.checkpoints.best()
         if best is None:
             raise StorageError(f"{self.folder.place} holds no checkpoint of this run any more")
-        self.setup.state.load_state_dict(best.state["loop"])
-        confusion = self._measure(self.setup.test or self.setup.validation)
+        if best.epoch + 1 < self.setup.settings.num_epochs:
+            self.setup.state.load_state_dict(best.state["loop"])
+            confusion = self._measure(self.setup.test or self.setup.validation)
         metrics["val/accuracy_best"] = float(best.score or 0.0)
         metrics["selected_epoch"] = best.epoch + 1
         if self.setup.test is not None:
