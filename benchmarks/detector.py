@@ -13,8 +13,6 @@
     Ray, from the second window on; whole jobs take turns
 
 Each ratio is taken round by round; the median is the result, the spread is the range of the rounds.
-Ray's workers are nice to others (15): on a shared machine give RAY_worker_niceness=0, or (b) and
-(c) measure the neighbours.
 
 Shape letters:  H, W rows and columns
 """

@@ -28,6 +28,9 @@ def ray_session(*, debug: bool = False, dashboard: bool = False) -> Iterator[Non
     address = os.environ.get("RAY_ADDRESS") or "local"
     # Told to Ray before it starts; both can be overridden from outside.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # By default its workers run at nice 15, and starve beside any other work of this machine: a job
+    # is as nice as the shell it was started from.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     if not debug:
         # Ray's C++ core warns on our stderr about Ray Data's own actors, which is no concern here.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")

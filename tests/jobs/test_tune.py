@@ -31,12 +31,6 @@ def command(space: Path, output: Path, *flags: str) -> list[str]:
     return [*head, "--tracking-uri", "off", *flags]
 
 
-@pytest.fixture(autouse=True)
-def no_politeness(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray's workers are polite by default: on a busy machine they would hardly run."""
-    monkeypatch.setenv("RAY_worker_niceness", "0")
-
-
 def lines(sweep: Path, name: str = "trials.jsonl") -> list[dict[str, Any]]:
     file = sweep / name
     return [json.loads(one) for one in file.read_text().splitlines()] if file.exists() else []

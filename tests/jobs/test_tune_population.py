@@ -20,12 +20,6 @@ MUTABLE = ("optim.lr", "optim.weight_decay")
 """
 
 
-@pytest.fixture(autouse=True)
-def no_politeness(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray's workers are polite by default: on a busy machine they would hardly run."""
-    monkeypatch.setenv("RAY_worker_niceness", "0")
-
-
 def told(sweep: Path) -> list[dict[str, Any]]:
     """All of the trials but how long they took; their folders from the sweep's on."""
     found = sorted(lines(sweep), key=lambda one: int(one["number"]))
