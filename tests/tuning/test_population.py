@@ -297,6 +297,7 @@ def test_a_probe_must_come_in_every_generation() -> None:
         ({"search": "grid"}, "--search must be random, got grid"),
         ({"search": "tpe"}, "--search must be random, got tpe"),
         ({"num_samples": 1}, "--num-samples must be at least 2 with --scheduler pbt"),
+        ({"trial_workers": 2}, "--trial-workers must be 1, got 2"),
     ],
 )
 def test_flags_that_contradict_a_population_are_refused(fields: dict[str, Any], told: str) -> None:
