@@ -47,8 +47,9 @@ class TrainClassifierJob(TrainingJob):
             raise ValueError(
                 f"--batch-size must be even with mixup or cutmix, got {self.batch_size}"
             )
-        # Mixup takes images in pairs.
-        self.require_work_for_all(self.batch_size, self.optim.accumulate * (2 if mixes else 1))
+        parts = self.optim.accumulate
+        why = f" ({'pairs for mixup, ' if mixes else ''}--optim.accumulate {parts} parts)"
+        self.require_work_for_all(self.batch_size, parts * (2 if mixes else 1), why)
         if self.model.pretrained and self.model.checkpoint:
             raise ValueError(
                 "--model.pretrained and --model.checkpoint contradict each other: give one of them"

@@ -89,11 +89,11 @@ class TrainingJob(TrackedSettings):
                 f"got {self.min_workers}"
             )
 
-    def require_work_for_all(self, batch_size: int, least: int) -> None:
+    def require_work_for_all(self, batch_size: int, least: int, why: str = "") -> None:
         """Raise ValueError unless a batch has ``least`` images for each worker."""
         workers = max(1, self.num_workers)
         if batch_size < workers * least:
             raise ValueError(
                 f"--batch-size must be at least {workers * least}, {least} for each of {workers} "
-                f"workers, got {batch_size}; raise it, or give fewer --num-workers"
+                f"workers{why}, got {batch_size}; raise it, or give fewer --num-workers"
             )

@@ -29,11 +29,11 @@ def job(**changes: Any) -> TrainClassifierJob:
         (["--batch-size", "33"], ["--batch-size must be even", "33", "mixup or cutmix"]),
         (
             ["--batch-size", "4", "--num-workers", "4"],
-            ["--batch-size 4", "4 workers", "raise it"],
+            ["--batch-size must be at least 8, 2 for each of 4 workers", "got 4; raise it"],
         ),
         (
             ["--batch-size", "6", "--num-workers", "2", "--optim.accumulate", "2"],
-            ["--batch-size 6", "2 workers with 2 parts", "raise it"],
+            ["--batch-size must be at least 8, 4 for each of 2 workers", "pairs", "parts"],
         ),
         (
             ["--model.pretrained", "--model.checkpoint", "weights.pth"],
