@@ -6,7 +6,6 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # Tests beside each other, a file of them in one process; each with one thread, as the cores are taken.
 JOBS ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 .PHONY: demo test test-all check format clean help
 
@@ -26,7 +25,7 @@ demo: $(READY)  ## sample collection -> pseudo labels -> CorLoc -> pictures (WEI
 	$(BIN)/python jobs/demo.py $(if $(WEIGHTS),--weights $(WEIGHTS))
 
 test: $(READY)  ## the whole test suite but the slow tests (JOBS=4: four at a time)
-	$(PYTEST) -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile -m "not slow"
 
 test-all: $(READY)  ## the slow tests too, one after the other
 	$(BIN)/python -m pytest
