@@ -68,7 +68,9 @@ class Outcome:
 class Watch:
     """How far a training run is, by what lies in its folder; it pickles."""
 
-    task: TrialTask
+    space: Space
+    """Without its ``run``, which does not pickle and which no training has."""
+
     folder: RunFolder
     num_epochs: int
 
@@ -79,7 +81,7 @@ class Watch:
         """
         # The file and not the numbers: a run that goes on had epochs before these.
         history = self.folder.history()
-        metric = judged(self.task.space(), history)
+        metric = judged(self.space, history)
         if metric is None or len(history) >= self.num_epochs:
             return None
         return len(history), metric
@@ -193,7 +195,8 @@ def _train(task: TrialTask, space: Space, values: Values, fit: Fit) -> Outcome:
     job = training_job(task, space, values)
     folder = RunFolder.of(job)
     with folder.held(job):
-        summary = fit(job, folder, train_here(space.job), Watch(task, folder, job.num_epochs))
+        watch = Watch(replace(space, run=None), folder, job.num_epochs)
+        summary = fit(job, folder, train_here(space.job), watch)
     history = folder.history()
     return Outcome(
         "ok",
