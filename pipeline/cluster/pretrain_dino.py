@@ -1,13 +1,14 @@
 """The door of jobs/pretrain_dino.py: a DINO run, and its teacher at the top of the output."""
 
-import os
+from functools import partial
 from typing import Any
 
 import safetensors.torch
 
-from pipeline.cluster.training import absolute_tracking_uri, run_training, say
+from pipeline.cluster.training import run_training, say
 from pipeline.config import PretrainDinoJob
 from pipeline.models.exported_backbone import WEIGHTS, write_backbone
+from pipeline.places import require_places, with_absolute_places
 from pipeline.pretraining.dino_run import pretrain_dino_here
 from pipeline.pretraining.run_folder import RunFolder
 from pipeline.storage import Location
@@ -22,11 +23,7 @@ def pretrain_dino(job: PretrainDinoJob) -> int:
     Raises:
         PatchseedError: of the kind that errors.py lists; finished epochs are kept.
     """
-    job = _with_absolute_places(job)
-
-    def check() -> None:
-        for place in job.images:
-            Location.parse(place).required("--images")
+    job = with_absolute_places(job)
 
     def finish(folder: RunFolder, summary: dict[str, Any]) -> None:
         target = Location.parse(job.output)
@@ -40,25 +37,4 @@ def pretrain_dino(job: PretrainDinoJob) -> int:
             "--images ... --output ..."
         )
 
-    return run_training(job, pretrain_dino_here, finish, check)
-
-
-def _with_absolute_places(job: PretrainDinoJob) -> PretrainDinoJob:
-    """The job as workers in other folders, and on other machines, understand it."""
-    init = job.init
-    if init is not None and os.path.exists(init):
-        init = os.path.abspath(init)
-    watched = {
-        name: str(Location.parse(place))
-        for name in ("images", "ground_truth", "labelled")
-        if (place := getattr(job.probe, name)) is not None
-    }
-    return job.model_copy(
-        update={
-            "output": str(Location.parse(job.output)),
-            "tracking_uri": absolute_tracking_uri(job.tracking_uri),
-            "images": tuple(str(Location.parse(text)) for text in job.images),
-            "init": init,
-            "probe": job.probe.model_copy(update=watched),
-        }
-    )
+    return run_training(job, pretrain_dino_here, finish, partial(require_places, job))

@@ -1,13 +1,13 @@
 """The door of jobs/train_classifier.py: a classifier's run, its export and its results."""
 
-import os
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.cluster.training import absolute_tracking_uri, run_training, say
+from pipeline.cluster.training import run_training, say
 from pipeline.config import TrainClassifierJob
+from pipeline.places import require_places, with_absolute_places
 from pipeline.pretraining.classifier_run import train_classifier_here
 from pipeline.pretraining.export_run import export_run
 from pipeline.pretraining.run_folder import RunFolder
@@ -23,11 +23,10 @@ def train_classifier(job: TrainClassifierJob) -> int:
     Raises:
         PatchseedError: of the kind that errors.py lists; finished epochs are kept.
     """
-    job = _with_absolute_places(job)
+    job = with_absolute_places(job)
 
     def check() -> None:
-        if not job.data.download:
-            Location.parse(job.data.root).required("--data.root")
+        require_places(job, but=("data.root",) if job.data.download else ())
 
     def finish(folder: RunFolder, summary: dict[str, Any]) -> None:
         if job.export is not None:
@@ -36,22 +35,6 @@ def train_classifier(job: TrainClassifierJob) -> int:
         _tell_results(summary, folder)
 
     return run_training(job, train_classifier_here, finish, check)
-
-
-def _with_absolute_places(job: TrainClassifierJob) -> TrainClassifierJob:
-    """The job as workers in other folders, and on other machines, understand it."""
-    root = str(Location.parse(job.data.root))
-    model = job.model
-    if model.checkpoint is not None:
-        model = model.model_copy(update={"checkpoint": os.path.abspath(model.checkpoint)})
-    return job.model_copy(
-        update={
-            "output": str(Location.parse(job.output)),
-            "tracking_uri": absolute_tracking_uri(job.tracking_uri),
-            "data": job.data.model_copy(update={"root": root}),
-            "model": model,
-        }
-    )
 
 
 def _tell_results(summary: dict[str, Any], folder: RunFolder) -> None:

@@ -6,13 +6,14 @@ from functools import partial
 from typing import Any
 
 from pipeline.cluster.detect_images import detect_images
-from pipeline.cluster.training import absolute_tracking_uri, run_training, say
+from pipeline.cluster.training import run_training, say
 from pipeline.config import DetectJob, TrainDetectorJob
 from pipeline.detection.exported_detector import CONFIG, read_detector
 from pipeline.detection.onnx_export import export_detector_onnx
 from pipeline.detection.run import train_detector_here
 from pipeline.detection.setup import read_table
 from pipeline.errors import ConfigError
+from pipeline.places import require_places, with_absolute_places
 from pipeline.pretraining.run_folder import RunFolder
 from pipeline.storage import Location
 
@@ -26,7 +27,7 @@ def train_detector(job: TrainDetectorJob) -> int:
     Raises:
         PatchseedError: of the kind that errors.py lists; finished windows and rounds are kept.
     """
-    job = _with_absolute_places(job)
+    job = with_absolute_places(job)
     if job.rounds > 1 and "WORLD_SIZE" in os.environ:
         raise ConfigError(
             f"--rounds must be 1 under torchrun, got {job.rounds}: between rounds the images are "
@@ -42,10 +43,8 @@ def train_detector(job: TrainDetectorJob) -> int:
 
 
 def _check(job: TrainDetectorJob) -> None:
+    require_places(job)
     read_table(job)
-    if job.probe.images is not None and job.probe.ground_truth is not None:
-        Location.parse(job.probe.images).required("--probe.images")
-        Location.parse(job.probe.ground_truth).required("--probe.ground-truth")
 
 
 def _finish(job: TrainDetectorJob, folder: RunFolder, summary: dict[str, Any]) -> None:
@@ -99,31 +98,6 @@ def _next_round(job: TrainDetectorJob) -> TrainDetectorJob:
     )
     return job.model_copy(
         update={"round": job.round + 1, "add_labels": str(found), "detector": detector}
-    )
-
-
-def _with_absolute_places(job: TrainDetectorJob) -> TrainDetectorJob:
-    """The job as workers in other folders, and on other machines, understand it."""
-    detector, probe = job.detector, job.probe
-    if os.path.exists(detector.init):
-        detector = detector.model_copy(update={"init": os.path.abspath(detector.init)})
-    if probe.images is not None and probe.ground_truth is not None:
-        places = {
-            "images": str(Location.parse(probe.images)),
-            "ground_truth": str(Location.parse(probe.ground_truth)),
-        }
-        probe = probe.model_copy(update=places)
-    added = None if job.add_labels is None else str(Location.parse(job.add_labels))
-    return job.model_copy(
-        update={
-            "output": str(Location.parse(job.output)),
-            "labels": str(Location.parse(job.labels)),
-            "add_labels": added,
-            "export": None if job.export is None else str(Location.parse(job.export)),
-            "tracking_uri": absolute_tracking_uri(job.tracking_uri),
-            "detector": detector,
-            "probe": probe,
-        }
     )
 
 

@@ -25,7 +25,6 @@ from pipeline.pretraining.run_folder import RunFolder
 from pipeline.pretraining.run_life import Outside, TrainHere
 from pipeline.progress import duration
 from pipeline.storage import one_line
-from pipeline.tracking import OFF, absolute_uri
 from pipeline.training.workers import current_workers
 
 _POLL_SECONDS = 0.2
@@ -67,11 +66,6 @@ def run_training(
             summary = _with_ray(job, folder, train_here)
         finish(folder, summary)
     return 0
-
-
-def absolute_tracking_uri(uri: str | None) -> str | None:
-    """The URI as workers in other folders understand it."""
-    return uri if uri == OFF else absolute_uri(uri)
 
 
 def _under_torchrun(

@@ -7,11 +7,12 @@ import torch
 from rich.console import Console
 
 from pipeline.cluster.session import ray_session
-from pipeline.cluster.training import absolute_tracking_uri, say
+from pipeline.cluster.training import say
 from pipeline.config import LabelJob
 from pipeline.config.tuning import TuneJob
 from pipeline.errors import AllTrialsFailed, ConfigError
 from pipeline.lease import Lease
+from pipeline.places import absolute_tracking_uri
 from pipeline.storage import Location
 from pipeline.tuning.feature_cache import FeatureCache
 from pipeline.tuning.localization_sweep import Wanted, fill, sources_of

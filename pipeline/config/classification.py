@@ -1,6 +1,6 @@
 """The jobs that train a classifier with DRLoc and that compare such runs."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 
@@ -17,6 +17,8 @@ from pipeline.config.training import TrainingJob
 
 class TrainClassifierJob(TrainingJob):
     """Train an image classifier, with DRLoc beside the cross-entropy."""
+
+    places: ClassVar = {"data.root": "file or folder", "model.checkpoint": "file or folder"}
 
     data: DataConfig
 

@@ -1,6 +1,6 @@
 """The jobs that train a class-agnostic detector (CAD) on pseudo-boxes, and detect with it."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -165,6 +165,14 @@ class SelfTrainingConfig(Settings):
 
 class TrainDetectorJob(TrainingJob):
     """Train a class-agnostic Faster R-CNN on the boxes of a pseudo-label table."""
+
+    places: ClassVar = {
+        "labels": "file or folder",
+        "add_labels": "file or folder",
+        "detector.init": "weights",
+        "probe.images": "images",
+        "probe.ground_truth": "file or folder",
+    }
 
     labels: str
     """Pseudo-label table (folder); its images are found through its URIs."""

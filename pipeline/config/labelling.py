@@ -148,6 +148,8 @@ class BulkJob(TrackedSettings):
 class LabelJob(BulkJob):
     """Give every image of a collection one pseudo box, and write the boxes as Parquet."""
 
+    places: ClassVar = {"images": "images", "backbone.checkpoint": "file or folder"}
+
     images: str
     """A folder, a glob, a .txt or .parquet list of URIs, or Parquet with image bytes; local paths,
     s3:// or gs://."""

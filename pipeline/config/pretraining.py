@@ -1,6 +1,6 @@
 """The job that trains a vision transformer without labels (DINO)."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 
@@ -146,6 +146,14 @@ class ProbeConfig(Settings):
 
 class PretrainDinoJob(TrainingJob):
     """Train a vision transformer on images without labels, by self-distillation (DINO)."""
+
+    places: ClassVar = {
+        "images": "images",
+        "init": "weights",
+        "probe.images": "images",
+        "probe.ground_truth": "file or folder",
+        "probe.labelled": "file or folder",
+    }
 
     images: tuple[str, ...]
     """Folders, globs, lists or tables as label_images takes them, or tar archives of images."""

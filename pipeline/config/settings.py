@@ -1,10 +1,15 @@
 """What all groups of knobs share: frozen, no unknown names, ranges checked before work begins."""
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 Precision = Literal["fp32", "bf16", "fp16"]
+
+Place = Literal["file or folder", "images", "weights"]
+"""What a setting names: something that is there; a collection, as label_images takes it, or an
+archive; weights, a file or the name they were published under."""
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -15,6 +20,9 @@ class Settings(BaseModel):
     """A frozen group of knobs; an unknown name is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    places: ClassVar[Mapping[str, Place]] = {}
+    """The settings, by dotted names, that say what to read (places.py)."""
 
 
 class TrackedSettings(Settings):

@@ -6,7 +6,6 @@ one in ``TRAINED``.
 
 import importlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +22,9 @@ from pipeline.config.presets import merged
 from pipeline.config.settings import Settings
 from pipeline.config.tuning import TuneJob
 from pipeline.errors import ConfigError
+from pipeline.places import absolute_places
 from pipeline.pretraining.run_life import TrainHere
-from pipeline.storage import Location, one_line
+from pipeline.storage import one_line
 from pipeline.tuning.space import OWN, Space, Values
 
 Tree = dict[str, Any]
@@ -36,34 +36,13 @@ class _Kind:
     settings: type[Settings]
     script: str
     presets: Callable[[], dict[str, Tree]] = dict
-    places: tuple[str, ...] = ()
-    """Settings that name files and folders."""
 
-
-_PROBED = ("probe.images", "probe.ground_truth")
 
 _KINDS = {
-    "classifier": _Kind(
-        TrainClassifierJob,
-        "jobs/train_classifier.py",
-        classifier_config.presets,
-        ("data.root", "model.checkpoint"),
-    ),
-    "dino": _Kind(
-        PretrainDinoJob,
-        "jobs/pretrain_dino.py",
-        dino_config.presets,
-        ("images", "init", *_PROBED, "probe.labelled"),
-    ),
-    "detector": _Kind(
-        TrainDetectorJob,
-        "jobs/train_detector.py",
-        detection_config.presets,
-        ("labels", "add_labels", "detector.init", *_PROBED),
-    ),
-    "localization": _Kind(
-        LabelJob, "jobs/label_images.py", places=("images", "backbone.checkpoint")
-    ),
+    "classifier": _Kind(TrainClassifierJob, "jobs/train_classifier.py", classifier_config.presets),
+    "dino": _Kind(PretrainDinoJob, "jobs/pretrain_dino.py", dino_config.presets),
+    "detector": _Kind(TrainDetectorJob, "jobs/train_detector.py", detection_config.presets),
+    "localization": _Kind(LabelJob, "jobs/label_images.py"),
 }
 
 TRAINED = {
@@ -94,9 +73,11 @@ def base_of(job: TuneJob, space: Space) -> Tree:
     if (space.job == "localization") != (job.labels_for is not None):
         needs = "needs" if space.job == "localization" else "takes no"
         raise ConfigError(f"a sweep of the {space.job} {needs} --labels-for and --ground-truth")
-    base = _with_absolute_places(_as_given(job, space), _KINDS[space.job].places)
-    _require_measurable(space, settings_of(space, base, {}))
-    return base
+    base = _as_given(job, space)
+    settings = settings_of(space, base, {})
+    _require_measurable(space, settings)
+    # Workers may be in other folders.
+    return merged(base, nested(absolute_places(settings)))
 
 
 def _as_given(job: TuneJob, space: Space) -> Tree:
@@ -134,21 +115,6 @@ def num_epochs(space: Space, base: Tree) -> int | None:
         return None
     settings: Any = settings_of(space, base, {})
     return int(settings.num_epochs)
-
-
-def _with_absolute_places(base: Tree, places: tuple[str, ...]) -> Tree:
-    """The settings as workers in other folders understand them."""
-    for name in places:
-        group: Any = base
-        *above, last = name.split(".")
-        for part in above:
-            group = group.get(part, {}) if isinstance(group, dict) else {}
-        value = group.get(last) if isinstance(group, dict) else None
-        if isinstance(value, str) and (last != "init" or os.path.exists(value)):
-            base = merged(base, nested({name: str(Location.parse(value))}))
-        elif isinstance(value, list):
-            base = merged(base, nested({name: [str(Location.parse(one)) for one in value]}))
-    return base
 
 
 def settings_of(space: Space, base: Tree, values: Values) -> Settings:
