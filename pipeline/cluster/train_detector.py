@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.cluster.detect_images import detect_images
 from pipeline.cluster.training import run_training, say
 from pipeline.config import DetectJob, TrainDetectorJob
-from pipeline.detection.exported_detector import CONFIG, read_detector
+from pipeline.detection.exported_detector import read_detector
 from pipeline.detection.onnx_export import export_detector_onnx
 from pipeline.detection.run import train_detector_here
 from pipeline.detection.setup import read_table
@@ -49,22 +49,17 @@ def _check(job: TrainDetectorJob) -> None:
 
 def _finish(job: TrainDetectorJob, folder: RunFolder, summary: dict[str, Any]) -> None:
     target = Location.parse(job.output)
-    _copy_detector(folder, target)
+    folder.copy_model(target)
     if job.export is not None and job.round == job.rounds:
         for line in _export(folder, Location.parse(job.export), onnx=job.onnx):
             say(line)
     _tell_results(summary, folder, target)
 
 
-def _copy_detector(folder: RunFolder, target: Location) -> None:
-    for file in sorted(folder.place.child("model").files(), key=lambda one: one.name == CONFIG):
-        target.child(file.name).write_bytes(file.read_bytes())
-
-
 def _export(folder: RunFolder, target: Location, *, onnx: bool) -> Iterator[str]:
     """Write the run's detector to ``target``; a line for each thing written."""
-    _copy_detector(folder, target)
-    yield f"exported {target}"
+    for copy in folder.copy_model(target):
+        yield f"exported {copy}"
     if onnx:
         check = export_detector_onnx(read_detector(target), target)
         yield (

@@ -126,7 +126,7 @@ def _remarks(evaluation: Evaluation) -> Iterator[str]:
     for name, group in evaluation.groups.items():
         if (rate := _rate(group)) is not None:
             yield f"On the {group.num_images} images with {TITLES[name]}: {100 * rate:.1f}"
-    yield _difficult_remark(evaluation)
+    yield from _difficult_remarks(evaluation)
     yield from _left_out_remarks(evaluation)
     if evaluation.num_size_unknown:
         yield (
@@ -156,9 +156,10 @@ def _left_out_remarks(evaluation: Evaluation) -> Iterator[str]:
         yield f"{evaluation.num_without_objects} images without a counted object are left out."
 
 
-def _difficult_remark(evaluation: Evaluation) -> str:
-    if not evaluation.provenance["ignore_difficult"]:
-        return f"The {evaluation.num_difficult} objects marked difficult count like all others."
-    if not evaluation.num_difficult:
-        return "WARNING: --ignore-difficult changes nothing: no object is marked difficult."
-    return f"The {evaluation.num_difficult} objects marked difficult are left out."
+def _difficult_remarks(evaluation: Evaluation) -> Iterator[str]:
+    ignored = evaluation.provenance["ignore_difficult"]
+    if evaluation.num_difficult:
+        fate = "are left out" if ignored else "count like all others"
+        yield f"The {evaluation.num_difficult} objects marked difficult {fate}."
+    elif ignored:
+        yield "WARNING: --ignore-difficult changes nothing: no object is marked difficult."

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-from pipeline.errors import StorageError
 from pipeline.models.exporting import load_classifier
 from pipeline.models.onnx_export import export_onnx
 from pipeline.pretraining.run_folder import RunFolder
@@ -16,12 +15,8 @@ def export_run(run: RunFolder, target: Location, *, onnx: bool) -> Iterator[str]
         StorageError: the run has no model, or ``target`` cannot be written.
         WeightsError: the ONNX file does not give the network's numbers.
     """
-    files = list(run.place.child("model").files())
-    if not files:
-        raise StorageError(f"{run.place} holds no model yet: the run is not finished")
-    for file in files:
-        target.child(file.name).write_bytes(file.read_bytes())
-        yield f"exported {target.child(file.name)}"
+    for copy in run.copy_model(target):
+        yield f"exported {copy}"
     if onnx:
         classifier = load_classifier(str(target))
         side = classifier.description.preprocessing.image_size

@@ -123,6 +123,21 @@ class RunFolder:
         found: PatchseedError = kind(left["message"])
         return found
 
+    def copy_model(self, target: Location) -> list[Location]:
+        """Copy the finished run's model into the folder ``target``; the copies.
+
+        Raises:
+            StorageError: the run has no model, or ``target`` cannot be written.
+        """
+        # Its description last: where that is, the model is whole.
+        files = sorted(self.place.child("model").files(), key=lambda one: one.name == "config.json")
+        if not files:
+            raise StorageError(f"{self.place} holds no model yet: the run is not finished")
+        copies = [target.child(file.name) for file in files]
+        for file, copy in zip(files, copies, strict=True):
+            copy.write_bytes(file.read_bytes())
+        return copies
+
     def read_json(self, name: str) -> dict[str, Any] | None:
         """What a file of the run holds; None where it is missing.
 
