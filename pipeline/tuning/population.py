@@ -17,6 +17,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from pipeline.config.tuning import TuneJob
@@ -53,6 +54,24 @@ class Population:
         """Trials of the sweep."""
         return self.size * self.generations
 
+    @cached_property
+    def first_values(self) -> tuple[Values, ...]:
+        """Values of the first generation, all different.
+
+        Raises:
+            ConfigError: the space has not so many.
+        """
+        found: list[Values] = []
+        for _ in range(self.size):
+            values = propose(self.space, "random", seed=self.seed, before=found, told=())
+            if values is None:
+                raise ConfigError(
+                    f"--num-samples must be in [2, {len(found)}] with --scheduler pbt, for --space "
+                    f"{self.space.name} has no more different values, got {self.size}"
+                )
+            found.append(values)
+        return tuple(found)
+
 
 def population_of(job: TuneJob, space: Space, base: Tree) -> Population | None:
     """The population that a sweep trains; None where it trains none.
@@ -88,7 +107,8 @@ def population_of(job: TuneJob, space: Space, base: Tree) -> Population | None:
     population = Population(
         space, job.num_samples or DEFAULT_SAMPLES, epochs, job.perturb_epochs, job.seed
     )
-    _first_values(population)
+    # Drawn now: a space that has not so many is refused before work begins.
+    _ = population.first_values
     return population
 
 
@@ -106,7 +126,7 @@ def next_segment(
     if before >= population.generations:
         return None
     if before == 0:
-        values, parent = _first_values(population)[place], None
+        values, parent = population.first_values[place], None
     else:
         of_before = [one for one in ended if generation_of(one) == before]
         survivors = [one for one in of_before if one.status != "failed"]
@@ -151,24 +171,6 @@ def lineage(trials: Sequence[Trial], last: Trial) -> list[Trial]:
 def generation_of(trial: Proposal) -> int | None:
     """Which generation a trial belongs to; None where it is of no population."""
     return None if trial.segment is None else trial.segment.generation
-
-
-def _first_values(population: Population) -> list[Values]:
-    """Values of the first generation, all different.
-
-    Raises:
-        ConfigError: the space has not so many.
-    """
-    found: list[Values] = []
-    for _ in range(population.size):
-        values = propose(population.space, "random", seed=population.seed, before=found, told=())
-        if values is None:
-            raise ConfigError(
-                f"--num-samples must be in [2, {len(found)}] with --scheduler pbt, for --space "
-                f"{population.space.name} has no more different values, got {population.size}"
-            )
-        found.append(values)
-    return found
 
 
 def _source(
