@@ -74,6 +74,9 @@ class Watch:
     folder: RunFolder
     num_epochs: int
 
+    after: int = 0
+    """Epochs at the beginning that it is not judged by: other members' segments."""
+
     def latest(self) -> tuple[int, float] | None:
         """The epoch from 1 and the metric so far, where it is measured; None after the last epoch.
 
@@ -81,7 +84,7 @@ class Watch:
         """
         # The file and not the numbers: a run that goes on had epochs before these.
         history = self.folder.history()
-        metric = judged(self.space, history)
+        metric = judged(self.space, history[self.after :])
         if metric is None or len(history) >= self.num_epochs:
             return None
         return len(history), metric
@@ -161,6 +164,12 @@ class _Told:
         if self.metric is not None:
             self.report(epoch, self.metric)
 
+    def look(self, watch: Watch) -> None:
+        """Tell how far the run is."""
+        latest = watch.latest()
+        if latest is not None:
+            self(*latest)
+
 
 def _run_own(space: Space, values: Values, told: _Told) -> Outcome:
     assert space.run is not None
@@ -182,9 +191,7 @@ def _fit_here(
     """Train in this process."""
 
     def report(numbers: dict[str, float]) -> None:
-        latest = watch.latest()
-        if latest is not None:
-            told(*latest)
+        told.look(watch)
 
     device = torch.device("cuda" if job.use_gpu else "cpu")
     outside = Outside(tell=lambda line: None, report=report)
@@ -213,24 +220,19 @@ def _train_segment(
     job = training_job(task, space, values, segment.output)
     folder = RunFolder.of(job)
     workers = current_workers(torch.device("cuda" if task.use_gpu else "cpu"))
-    of_now = replace(space, pick="last")
-
-    def on_epoch(epochs: int) -> None:
-        metric = judged(of_now, folder.history()[segment.after :])
-        if metric is not None and epochs < job.num_epochs:
-            told(epochs, metric)
-
+    # By what it is now: a best epoch of before would hide that it has got worse.
+    of_now = replace(space, run=None, pick="last")
+    watch = Watch(of_now, folder, job.num_epochs, segment.after)
     with folder.held(job):
         summary = train_segment(
             segment,
             folder,
             job.num_epochs,
             lambda outside: train_here(space.job)(job, folder, workers, outside),
-            on_epoch,
+            partial(told.look, watch),
         )
     history, place = folder.history(), str(folder.place)
     if summary is None:
-        # By what it is now: a best epoch of before would hide that it has got worse.
         metric = judged(of_now, history[segment.after : segment.until])
         return Outcome("part", metric, epochs=segment.until, folder=place)
     metric = judged(space, history)

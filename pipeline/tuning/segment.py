@@ -40,7 +40,7 @@ def train_segment(
     folder: RunFolder,
     num_epochs: int,
     train: Callable[[Outside], dict[str, Any]],
-    on_epoch: Callable[[int], None],
+    on_epoch: Callable[[], None],
 ) -> dict[str, Any] | None:
     """Train to the segment's end, from where its own checkpoints end or its parent's.
 
@@ -49,7 +49,7 @@ def train_segment(
         folder: the segment's, held.
         num_epochs: of the whole run.
         train: the run, told whom it reports to.
-        on_epoch: told the epochs done, from 1.
+        on_epoch: called after each epoch that is not the last one of a segment.
 
     Returns:
         The summary of a whole run; None of a segment that others come after.
@@ -74,7 +74,7 @@ def train_segment(
         done += 1
         if ends_early and done >= segment.until:
             raise _SegmentIsOver
-        on_epoch(done)
+        on_epoch()
 
     try:
         return train(Outside(tell=lambda line: None, report=report))
