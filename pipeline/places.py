@@ -14,7 +14,7 @@ from pipeline.config.training import TrainingJob
 from pipeline.data.labelled_archives import is_archive
 from pipeline.data.lake import Collection
 from pipeline.storage import Location
-from pipeline.tracking import OFF, absolute_uri
+from pipeline.tracking import absolute_tracking_uri
 
 _Job = TypeVar("_Job", bound=TrainingJob)
 _Group = TypeVar("_Group", bound=Settings)
@@ -39,12 +39,7 @@ def absolute_places(job: Settings) -> dict[str, Any]:
     Raises:
         ConfigError: a place is not one we read.
     """
-    return {
-        name: tuple(_absolute(kind, one) for one in value)
-        if isinstance(value, tuple)
-        else _absolute(kind, value)
-        for name, kind, value in _given(job)
-    }
+    return {name: _absolute(kind, value) for name, kind, value in _given(job)}
 
 
 def require_places(job: Settings, *, but: Container[str] = ()) -> None:
@@ -59,15 +54,8 @@ def require_places(job: Settings, *, but: Container[str] = ()) -> None:
         DataError: there is nothing; the message names the flag, or the place.
     """
     for name, kind, value in _given(job):
-        if name in but:
-            continue
-        for one in value if isinstance(value, tuple) else (value,):
-            _require(kind, one, "--" + name.replace("_", "-"))
-
-
-def absolute_tracking_uri(uri: str | None) -> str | None:
-    """The URI as workers in other folders understand it."""
-    return uri if uri == OFF else absolute_uri(uri)
+        if name not in but:
+            _require(kind, value, "--" + name.replace("_", "-"))
 
 
 def _given(job: Settings) -> Iterator[tuple[str, Place, Any]]:
@@ -77,19 +65,24 @@ def _given(job: Settings) -> Iterator[tuple[str, Place, Any]]:
             yield name, kind, value
 
 
-def _absolute(kind: Place, text: str) -> str:
+def _absolute(kind: Place, value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_absolute(kind, one) for one in value)
     # Weights may be called by the name they were published under.
-    if kind == "weights" and not os.path.exists(text):
-        return text
-    return str(Location.parse(text))
+    if kind == "weights" and not os.path.exists(value):
+        return value
+    return str(Location.parse(value))
 
 
-def _require(kind: Place, text: str, flag: str) -> None:
-    if kind == "file or folder" or (kind == "images" and is_archive(text)):
-        Location.parse(text).required(flag)
+def _require(kind: Place, value: Any, flag: str) -> None:
+    if isinstance(value, tuple):
+        for one in value:
+            _require(kind, one, flag)
+    elif kind == "file or folder" or (kind == "images" and is_archive(value)):
+        Location.parse(value).required(flag)
     elif kind == "images":
-        # Reads the folder's kind, and lists nothing yet.
-        Collection(text)
+        # Asks what kind of place it is, and lists nothing yet.
+        Collection(value)
 
 
 def _with(group: _Group, name: str, value: Any) -> _Group:

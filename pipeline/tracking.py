@@ -203,6 +203,15 @@ def start_tracker(
     return MlflowTracker(Outbox(folder, courier), courier)
 
 
+def absolute_tracking_uri(uri: str | None) -> str:
+    """The URI as workers in other folders understand it; ``off`` stays.
+
+    Raises:
+        ConfigError: as of `absolute_uri`.
+    """
+    return OFF if uri == OFF else absolute_uri(uri)
+
+
 def absolute_uri(uri: str | None) -> str:
     """The tracking URI with nothing relative in it.
 

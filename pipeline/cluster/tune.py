@@ -12,8 +12,8 @@ from pipeline.config import LabelJob
 from pipeline.config.tuning import TuneJob
 from pipeline.errors import AllTrialsFailed, ConfigError
 from pipeline.lease import Lease
-from pipeline.places import absolute_tracking_uri
 from pipeline.storage import Location
+from pipeline.tracking import absolute_tracking_uri
 from pipeline.tuning.feature_cache import FeatureCache
 from pipeline.tuning.localization_sweep import Wanted, fill, sources_of
 from pipeline.tuning.population import population_of

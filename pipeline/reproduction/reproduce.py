@@ -24,7 +24,7 @@ from pipeline.reproduction.run import Run
 from pipeline.reproduction.runner import Runner, local_folder
 from pipeline.reproduction.tables import TABLES, chosen_cells
 from pipeline.storage import Location
-from pipeline.tracking import OFF, absolute_uri
+from pipeline.tracking import absolute_tracking_uri
 
 PICTURE = "table.png"
 
@@ -87,7 +87,7 @@ def _planned(job: ReproduceJob, output: Location) -> _Work:
     table = TABLES[job.table](Size(job.scale, job.recipe))
     chosen = tuple(cell.name for cell in chosen_cells(table, job.rows))
     told = {name: place for name, place in job.data.model_dump().items() if place is not None}
-    uri = job.tracking_uri if job.tracking_uri == OFF else absolute_uri(job.tracking_uri)
+    uri = absolute_tracking_uri(job.tracking_uri)
     tracked: Values = {"tracking_uri": uri, "experiment": job.experiment, "debug": job.debug}
     choices = Choices(
         output=output,
