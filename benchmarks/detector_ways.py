@@ -28,7 +28,6 @@ from pipeline.data.coco import read_coco
 from pipeline.data.label_rows import Provenance
 from pipeline.data.label_run import open_run
 from pipeline.data.pseudo_labels import SCHEMA
-from pipeline.data.scenes import write_collection
 from pipeline.detection.c4 import STRIDES, BackboneName
 from pipeline.detection.detector import Detector, build_detector
 from pipeline.detection.exported_detector import StoredDetector, TestSize
@@ -36,6 +35,7 @@ from pipeline.detection.options import DetectorOptions, Kind, default_options
 from pipeline.detection.setup import set_up
 from pipeline.detection.task import canvas_of, inputs_of
 from pipeline.models.inference import Precision
+from pipeline.scenes.scenes import write_collection
 from pipeline.storage import Location
 from pipeline.training.loop import AUTOCAST
 from pipeline.training.workers import Workers

@@ -23,7 +23,7 @@ from typing import Any
 import tyro
 
 from benchmarks.timing import print_table, write_json
-from pipeline.data.scenes import write_collection
+from pipeline.scenes.scenes import write_collection
 
 _SCENE_SIZES = ((224, 168), (168, 224), (192, 192))
 _OBJECTS = (2, 3, 4)

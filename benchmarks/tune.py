@@ -27,9 +27,9 @@ from pipeline.config.tuning import TuneJob
 from pipeline.data.label_rows import Provenance
 from pipeline.data.lake import Collection
 from pipeline.data.pixels import load_pixels
-from pipeline.data.scenes import write_collection
 from pipeline.labelling import Method, PseudoBoxLabeller
 from pipeline.models.backbones import build_backbone, load_weights
+from pipeline.scenes.scenes import write_collection
 from pipeline.storage import Location
 from pipeline.tracking import NoTracker
 from pipeline.tuning.feature_cache import FeatureCache

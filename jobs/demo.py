@@ -31,7 +31,7 @@ def backbone_flags(weights: str | None) -> list[str]:
 
 def main(job: DemoJob) -> int:
     """Run the four steps; stop at the first that fails, with its exit code."""
-    from pipeline.data.scenes import write_collection
+    from pipeline.scenes.scenes import write_collection
 
     scenes, labels, pictures = (f"{job.output}/{name}" for name in ("scenes", "labels", "pictures"))
     again = ["--overwrite", *backbone_flags(job.weights)]

@@ -19,7 +19,7 @@ RAY_FREE = [
     "pipeline.data.lake",
     "pipeline.data.multi_crop",
     "pipeline.data.pixels",
-    "pipeline.data.scenes",
+    "pipeline.scenes.scenes",
     "pipeline.data.box_batches",
     "pipeline.detection.detector",
     "pipeline.detection.predictor",

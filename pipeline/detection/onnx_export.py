@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.data.scenes import make_scene
 from pipeline.detection.detector import Detector
 from pipeline.detection.exported_detector import StoredDetector, TestSize
 from pipeline.detection.predictor import Photo, opened
 from pipeline.errors import WeightsError
 from pipeline.models.onnx_export import ONNX_NAME, OPSET, OnnxRun, keep_checked
+from pipeline.scenes.scenes import make_scene
 from pipeline.storage import Location
 
 BOX_TOLERANCE_PX = 1e-2

@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 
 from pipeline.config import PretrainDinoJob
 from pipeline.data.pseudo_labels import read_labels, read_manifest
-from pipeline.data.scenes import write_collection
 from pipeline.models.backbones import build_vit, load_weights
 from pipeline.pretraining.dino_setup import build_objective
+from pipeline.scenes.scenes import write_collection
 from pipeline.storage import Location
 from tests.conftest import ROOT
 from tests.jobs import training

@@ -115,7 +115,7 @@ def test_when_all_runs_fail_it_ends_with_one_line_and_the_table(
 @pytest.mark.slow
 @pytest.mark.ray
 def test_boxes_of_the_shipped_network_are_compared_over_photos(tmp_path: Path) -> None:
-    from pipeline.data.scenes import write_collection
+    from pipeline.scenes.scenes import write_collection
 
     scenes = tmp_path / "scenes"
     write_collection(scenes, num_scenes=12, seed=0)

@@ -12,11 +12,11 @@ import torch
 from pipeline.config import LabelJob
 from pipeline.data.lake import Collection
 from pipeline.data.pixels import load_pixels
-from pipeline.data.scenes import write_collection
 from pipeline.errors import DataError, StorageError
 from pipeline.evaluation.evaluate import evaluate_boxes
 from pipeline.labelling import Method, Provenance, PseudoBoxLabeller
 from pipeline.models.backbones import build_backbone, load_weights
+from pipeline.scenes.scenes import write_collection
 from pipeline.storage import Location
 from pipeline.tuning import feature_cache
 from pipeline.tuning.feature_cache import FeatureCache

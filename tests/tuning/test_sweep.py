@@ -11,8 +11,8 @@ from pipeline.cluster.tune import tune
 from pipeline.command_line import parse
 from pipeline.config import LabelJob, TrainClassifierJob
 from pipeline.config.tuning import TuneJob
-from pipeline.data.scenes import write_collection
 from pipeline.errors import AllTrialsFailed, ConfigError
+from pipeline.scenes.scenes import write_collection
 from pipeline.tuning import sweep as sweep_module
 from pipeline.tuning.results import importance, shown_metric
 from pipeline.tuning.run_trial import TrialTask, run_trial

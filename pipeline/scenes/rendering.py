@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 from scipy import ndimage
 
-from pipeline.data.scene_noise import Floats, Points, Rng, blur, hsv, mix, noise, resize, rgb, step
-from pipeline.data.scene_shapes import Part, extent
+from pipeline.scenes.backdrops import Floats, Points, Rng, blur, hsv, mix, noise, resize, rgb, step
+from pipeline.scenes.shapes import Part, extent
 
 _FURS = ("8a5a2e", "c08a4a", "e8dcc6", "3a3230", "7d7a76", "d9b58a", "b5651d", "f1efe9", "5a3a24")
 

@@ -12,8 +12,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from pipeline.boxes import Boxes, area, pairwise_iou, xywh_to_xyxy
-from pipeline.data.scenes import MIN_SIDE, SIZES, Scene, make_scene, write_collection
 from pipeline.errors import ConfigError, StorageError
+from pipeline.scenes.scenes import MIN_SIDE, SIZES, Scene, make_scene, write_collection
 from tests.conftest import ROOT
 
 SHAPES = [(480, 360), (360, 480), (300, 300), (64, 64), (64, 200), (200, 64)]
@@ -110,7 +110,7 @@ def test_the_same_seed_gives_the_same_bytes_whatever_was_made_before() -> None:
 
 def test_another_process_makes_the_same_scene() -> None:
     code = (
-        "import hashlib; from pipeline.data.scenes import make_scene; "
+        "import hashlib; from pipeline.scenes.scenes import make_scene; "
         "print(hashlib.sha256(make_scene(11, width=160, height=120).pixels_HW3).hexdigest())"
     )
     done = subprocess.run(

@@ -5,7 +5,7 @@ scene is a ground in perspective below a sky or a wall, one dominant object off 
 one or two smaller ones, and one light. Everything follows from the seed. A box is drawn around the
 pixels of its object that are visible, so the labels are exact by construction.
 
-To add a kind of object: scene_shapes.py. To add a ground: scene_backdrops.py.
+To add a kind of object: scenes/shapes.py. To add a ground: scenes/backdrops.py.
 
 Shape letters:  H, W image   N objects
 """
@@ -22,11 +22,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.boxes import as_boxes, xyxy_to_xywh
-from pipeline.data.scene_backdrops import GROUNDS, backdrop
-from pipeline.data.scene_noise import Rng
-from pipeline.data.scene_rendering import cast_shadow, contrasting, paste, render, through_lens
-from pipeline.data.scene_shapes import KINDS, Part, extent, moved
 from pipeline.errors import ConfigError, StorageError
+from pipeline.scenes.backdrops import GROUNDS, Rng, backdrop
+from pipeline.scenes.rendering import cast_shadow, contrasting, paste, render, through_lens
+from pipeline.scenes.shapes import KINDS, Part, extent, moved
 from pipeline.storage import Location
 
 ANNOTATIONS_NAME = "instances.json"

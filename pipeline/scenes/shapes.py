@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pipeline.data.scene_noise import Points, Rng
+from pipeline.scenes.backdrops import Points, Rng
 
 
 @dataclass(frozen=True)
