@@ -13,7 +13,7 @@ The rooms, from the ground up (imports only go downwards; `make check` proves it
     training/          the loop, optimisers, schedules, checkpoints; it knows no task
     localization/      patch tokens -> one box (LOST, SoLOST); the rule is seed_expansion.py
     evaluation/        CorLoc with its interval; paired comparisons of runs
-    visualisation.py   what the method saw, as pictures
+    drawing/images.py   what the method saw, as pictures
     tracking.py        MLflow, which may fail without harm
     places.py          what a job reads: made absolute, and looked for in time
     tracking_reader.py recorded runs, read back

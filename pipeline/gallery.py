@@ -20,13 +20,7 @@ import pyarrow.compute as pc
 from pipeline.config import DrawJob, ImagesConfig
 from pipeline.data.pixels import load_pixels, pixels_of_row
 from pipeline.data.pseudo_labels import Manifest, read_labels, read_manifest
-from pipeline.errors import ConfigError, DataError, StorageError, WeightsError
-from pipeline.gallery_maps import MapDrawer, decoding_of, load_map_drawer
-from pipeline.models.published import CNNS
-from pipeline.progress import ProgressReporter
-from pipeline.storage import Location, one_line, without_secrets
-from pipeline.tracking import OFF, absolute_uri, start_tracker
-from pipeline.visualisation import (
+from pipeline.drawing.images import (
     METHOD_COLOURS,
     METHOD_NAMES,
     PANEL,
@@ -40,6 +34,12 @@ from pipeline.visualisation import (
     draw_box,
     panel_row,
 )
+from pipeline.errors import ConfigError, DataError, StorageError, WeightsError
+from pipeline.gallery_maps import MapDrawer, decoding_of, load_map_drawer
+from pipeline.models.published import CNNS
+from pipeline.progress import ProgressReporter
+from pipeline.storage import Location, one_line, without_secrets
+from pipeline.tracking import OFF, absolute_uri, start_tracker
 
 SHEET_NAME = "contact_sheet.png"
 

@@ -1,7 +1,7 @@
 """What the table does not hold: the maps behind a box, computed again by the network that made it.
 
 Which network and which settings that was, the table's manifest says. To add a panel: write it in
-visualisation.py and append it in ``MapDrawer.panels``.
+drawing/images.py and append it in ``MapDrawer.panels``.
 
 Shape letters:  B images (always 1 here)   H, W rows and columns of patches   N patches (H * W)
 """
@@ -16,15 +16,7 @@ from pydantic import ValidationError
 
 from pipeline.config import BackboneConfig, ImagesConfig, LocalizationConfig
 from pipeline.data.pseudo_labels import Manifest
-from pipeline.errors import WeightsError
-from pipeline.labelling import Method, Provenance, PseudoBoxLabeller
-from pipeline.localization.affinity import Similarity, compare, similarity_to
-from pipeline.localization.localize import Localization
-from pipeline.localization.seed_expansion import OWN_SIMILARITY
-from pipeline.models.backbones import Weights, build_backbone, load_weights
-from pipeline.models.features import FeatureExtractor, PatchFeatures
-from pipeline.storage import one_line
-from pipeline.visualisation import (
+from pipeline.drawing.images import (
     METHOD_COLOURS,
     METHOD_NAMES,
     Finding,
@@ -34,6 +26,14 @@ from pipeline.visualisation import (
     draw_mask,
     similarity_panel,
 )
+from pipeline.errors import WeightsError
+from pipeline.labelling import Method, Provenance, PseudoBoxLabeller
+from pipeline.localization.affinity import Similarity, compare, similarity_to
+from pipeline.localization.localize import Localization
+from pipeline.localization.seed_expansion import OWN_SIMILARITY
+from pipeline.models.backbones import Weights, build_backbone, load_weights
+from pipeline.models.features import FeatureExtractor, PatchFeatures
+from pipeline.storage import one_line
 
 
 class MapDrawer:

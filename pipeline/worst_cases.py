@@ -15,10 +15,7 @@ from numpy.typing import NDArray
 
 from pipeline.boxes import as_boxes, rescale
 from pipeline.data.pixels import load_pixels, pixels_of_row
-from pipeline.evaluation.ap_report import RULES
-from pipeline.evaluation.average_precision import Matches
-from pipeline.evaluation.evaluate_detections import DetectionEvaluation
-from pipeline.visualisation import (
+from pipeline.drawing.images import (
     THUMBNAIL,
     Colour,
     Finding,
@@ -27,6 +24,9 @@ from pipeline.visualisation import (
     contact_sheet,
     draw_box,
 )
+from pipeline.evaluation.ap_report import RULES
+from pipeline.evaluation.average_precision import Matches
+from pipeline.evaluation.evaluate_detections import DetectionEvaluation
 
 MISSED, TRUE, FALSE = (255, 159, 28), (64, 224, 128), (255, 82, 82)
 """Colours of objects that no box found, of boxes that found one, and of false boxes."""

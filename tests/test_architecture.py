@@ -40,7 +40,7 @@ RAY_FREE = [
     "pipeline.training.loop",
     "pipeline.training.checkpoints",
     "pipeline.tuning.trials",
-    "pipeline.visualisation",
+    "pipeline.drawing.images",
 ]
 
 

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from pipeline.config import DrawJob
+from pipeline.drawing.images import METHOD_COLOURS
 from pipeline.gallery import SHEET_NAME, draw_gallery
-from pipeline.visualisation import METHOD_COLOURS
 from tests.tables import label_row, write_table
 
 

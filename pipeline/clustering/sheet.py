@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.clustering.table_boxes import TableBoxes
-from pipeline.visualisation import Finding, Picture, Size, contact_sheet, draw_box
+from pipeline.drawing.images import Finding, Picture, Size, contact_sheet, draw_box
 
 COLUMNS = 8
 MOST_CLUSTERS = 100

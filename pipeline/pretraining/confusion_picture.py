@@ -15,8 +15,8 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
 
+from pipeline.drawing.figures import DPI, FAINT, INK, PALE, png, title
 from pipeline.evaluation.confusion import Confusion
-from pipeline.pretraining.figure_style import DPI, FAINT, INK, PALE, png, title
 
 # Up to here every cell holds its number; up to there every class has its name at the axes.
 _MOST_NUMBERED, _MOST_NAMED = 14, 60

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from pipeline.pretraining.figure_style import DPI, FAINT, INK, PALE, png, title
+from pipeline.drawing.figures import DPI, FAINT, INK, PALE, png, title
 
 _BLUE, _ORANGE, _GREEN, _PURPLE = "#0072b2", "#d55e00", "#009e73", "#aa4499"
 _PANEL_INCHES, _COLUMNS = (4.8, 3.2), 3

@@ -10,10 +10,10 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from pipeline.drawing import figures
 from pipeline.evaluation.confusion import Confusion
 from pipeline.pretraining import confusion_picture as confusion_module
 from pipeline.pretraining import curves_picture as curves_module
-from pipeline.pretraining import figure_style
 from pipeline.pretraining.confusion_picture import confusion_picture
 from pipeline.pretraining.curves_picture import curves_picture
 
@@ -51,7 +51,7 @@ def history(num_epochs: int, *, drloc: bool = True) -> list[dict[str, float]]:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Figure]:
     """The figure of the last picture, as matplotlib has it."""
     seen: list[Figure] = []
-    as_png = figure_style.png
+    as_png = figures.png
 
     def keep(figure: Figure) -> bytes:
         seen.append(figure)

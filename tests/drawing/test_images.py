@@ -5,7 +5,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.visualisation import (
+from pipeline.drawing.images import (
     METHOD_COLOURS,
     PANEL,
     THUMBNAIL,
