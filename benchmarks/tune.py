@@ -31,7 +31,7 @@ from pipeline.labelling import Method, PseudoBoxLabeller
 from pipeline.models.backbones import build_backbone, load_weights
 from pipeline.scenes.scenes import write_collection
 from pipeline.storage import Location
-from pipeline.tracking import NoTracker
+from pipeline.tracking.tracker import NoTracker
 from pipeline.tuning.feature_cache import FeatureCache
 from pipeline.tuning.localization_sweep import Wanted, fill, measured
 from pipeline.tuning.run_trial import TrialTask

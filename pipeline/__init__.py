@@ -14,7 +14,7 @@ The rooms, from the ground up (imports only go downwards; `make check` proves it
     localization/      patch tokens -> one box (LOST, SoLOST); the rule is seed_expansion.py
     evaluation/        CorLoc with its interval; paired comparisons of runs
     drawing/images.py   what the method saw, as pictures
-    tracking.py        MLflow, which may fail without harm
+    tracking/tracker.py        MLflow, which may fail without harm
     places.py          what a job reads: made absolute, and looked for in time
     tracking_reader.py recorded runs, read back
     compare_runs.py    runs -> the paired table

@@ -26,7 +26,7 @@ from pipeline.evaluation.evaluate_detections import (
 )
 from pipeline.evaluation.report import as_json, print_report
 from pipeline.storage import Location
-from pipeline.tracking import OFF, start_tracker
+from pipeline.tracking.tracker import OFF, start_tracker
 from pipeline.worst_cases import worst_cases_png
 
 NUMBERS, CURVES, WORST = "evaluation.json", "precision_recall.png", "worst_cases.png"

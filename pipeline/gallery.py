@@ -39,7 +39,7 @@ from pipeline.gallery_maps import MapDrawer, decoding_of, load_map_drawer
 from pipeline.models.published import CNNS
 from pipeline.progress import ProgressReporter
 from pipeline.storage import Location, one_line, without_secrets
-from pipeline.tracking import OFF, absolute_uri, start_tracker
+from pipeline.tracking.tracker import OFF, absolute_uri, start_tracker
 
 SHEET_NAME = "contact_sheet.png"
 

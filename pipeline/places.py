@@ -14,7 +14,7 @@ from pipeline.config.training import TrainingJob
 from pipeline.data.labelled_archives import is_archive
 from pipeline.data.lake import Collection
 from pipeline.storage import Location
-from pipeline.tracking import absolute_tracking_uri
+from pipeline.tracking.tracker import absolute_tracking_uri
 
 _Job = TypeVar("_Job", bound=TrainingJob)
 _Group = TypeVar("_Group", bound=Settings)

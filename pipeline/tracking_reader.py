@@ -4,7 +4,7 @@
     read_folders("runs/")              -> the same, from every runs/*/summary.json
 
 Both give the runs in the order they were recorded. Nothing is written, and a database that is not
-there is not made. MLflow is reached through tracking.py, the only file that imports it.
+there is not made. MLflow is reached through tracking/tracker.py, the only file that imports it.
 
 To read another kind of run: its name beside ``KIND``. To read another fact of a run: a field in
 ``RunRecord``, and a line in ``_from_mlflow`` and in ``_from_summary``.
@@ -22,7 +22,7 @@ from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.evaluation.paired_labels import SEED, WEIGHT, did_you_mean
 from pipeline.evaluation.paired_runs import RunRecord
 from pipeline.storage import Location, one_line, without_secrets
-from pipeline.tracking import OFF, absolute_uri, connect
+from pipeline.tracking.tracker import OFF, absolute_uri, connect
 
 KIND = "classifier"
 KIND_TAG, FINISHED_TAG = "patchseed.kind", "patchseed.finished"

@@ -77,7 +77,7 @@ def point_s3_at(endpoint: str, patch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def empty_mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A database with MLflow's tables, made by a tracker; copying it saves each test 1.5 s."""
-    from pipeline.tracking import start_tracker
+    from pipeline.tracking.tracker import start_tracker
 
     folder = tmp_path_factory.mktemp("mlflow")
     uri = f"sqlite:///{folder}/mlflow.db"

@@ -36,7 +36,7 @@ RAY_FREE = [
     "pipeline.models.cvt",
     "pipeline.models.t2t_vit",
     "pipeline.reproduction.plan",
-    "pipeline.tracking",
+    "pipeline.tracking.tracker",
     "pipeline.training.loop",
     "pipeline.training.checkpoints",
     "pipeline.tuning.trials",

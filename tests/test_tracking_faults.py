@@ -19,7 +19,7 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline.errors import DataError, StorageError
-from pipeline.tracking import Tracker, deliver_spool, main, start_tracker
+from pipeline.tracking.tracker import Tracker, deliver_spool, main, start_tracker
 from tests.conftest import ROOT
 
 CANARY = "canary-5b1f"
@@ -115,7 +115,7 @@ def test_failing_server_leaves_all_in_the_spool_and_warns_once(
     assert "MLflow does not take events" in outage
     assert end == (
         f"54 events not delivered; they are in {delivery.spool}; "
-        f"send them with: python -m pipeline.tracking {delivery.spool}"
+        f"send them with: python -m pipeline.tracking.tracker {delivery.spool}"
     )
     assert deliver_spool(tmp_path / "spool", mlflow_uri).delivered == 54
     check_run(mlflow_uri)
@@ -147,7 +147,7 @@ def test_calls_cost_microseconds_while_a_slow_store_works(mlflow_uri: str, tmp_p
 SCRIPT = """
 import os, sys, time
 from pathlib import Path
-from pipeline.tracking import start_tracker
+from pipeline.tracking.tracker import start_tracker
 uri, spool, end = sys.argv[1:4]
 tracker = start_tracker(uri, experiment="lab", spool=Path(spool))
 for step in range(50):
@@ -252,7 +252,7 @@ def test_garbled_and_half_written_lines_do_not_hold_up_the_others(
 FULL_DISK = """
 import resource, sys
 from pathlib import Path
-from pipeline.tracking import start_tracker
+from pipeline.tracking.tracker import start_tracker
 uri, spool = sys.argv[1:3]
 tracker = start_tracker(uri, experiment="lab", spool=Path(spool))
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))

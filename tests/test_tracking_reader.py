@@ -18,7 +18,7 @@ import pytest
 from pipeline import tracking_reader
 from pipeline.config import flatten
 from pipeline.errors import ConfigError, DataError, StorageError
-from pipeline.tracking import start_tracker
+from pipeline.tracking.tracker import start_tracker
 from pipeline.tracking_reader import read_experiment, read_folders
 
 METRIC = "test/accuracy_selected"

@@ -33,7 +33,7 @@ from pipeline.gallery import sheet_of_boxes
 from pipeline.lease import Lease
 from pipeline.progress import ProgressReporter
 from pipeline.storage import Location, without_secrets
-from pipeline.tracking import Tracker, absolute_uri, start_tracker
+from pipeline.tracking.tracker import Tracker, absolute_uri, start_tracker
 
 # Metrics go to MLflow at this pace: a curve people can read, not a point per block.
 _METRIC_SECONDS = 10.0

@@ -13,7 +13,7 @@ from pipeline.config.tuning import TuneJob
 from pipeline.errors import AllTrialsFailed, ConfigError
 from pipeline.lease import Lease
 from pipeline.storage import Location
-from pipeline.tracking import absolute_tracking_uri
+from pipeline.tracking.tracker import absolute_tracking_uri
 from pipeline.tuning.feature_cache import FeatureCache
 from pipeline.tuning.localization_sweep import Wanted, fill, sources_of
 from pipeline.tuning.population import population_of

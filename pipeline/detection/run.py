@@ -25,7 +25,7 @@ from pipeline.pretraining.run_life import (
     summary_of,
 )
 from pipeline.pretraining.run_record import Epoch
-from pipeline.tracking import Tracker
+from pipeline.tracking.tracker import Tracker
 from pipeline.training.workers import Workers
 
 KIND = "detector"

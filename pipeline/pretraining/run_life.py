@@ -26,7 +26,7 @@ from pipeline.pretraining.run_record import (
     open_tracker,
 )
 from pipeline.pretraining.step_fault import keep_fault
-from pipeline.tracking import OFF, NoTracker, Tracker
+from pipeline.tracking.tracker import OFF, NoTracker, Tracker
 from pipeline.training.loop import Hooks, LoopSettings, LoopState, StepFault, Task, train
 from pipeline.training.workers import Workers
 

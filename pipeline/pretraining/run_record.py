@@ -1,6 +1,6 @@
 """What a run tells while it trains: lines for people, numbers for MLflow, a history for both.
 
-Only rank 0 has one. Nothing here can stop the training: MLflow may be away (tracking.py), and what
+Only rank 0 has one. Nothing here can stop the training: MLflow may be away (tracking/tracker.py), and what
 is written to the run's folder is written again after the next epoch.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 from pipeline.errors import StorageError
 from pipeline.pretraining.run_folder import HISTORY, RunFolder
 from pipeline.progress import duration
-from pipeline.tracking import Tracker, start_tracker
+from pipeline.tracking.tracker import Tracker, start_tracker
 from pipeline.training.loop import StepKey
 
 Epoch = dict[str, float]

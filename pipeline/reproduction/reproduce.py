@@ -24,7 +24,7 @@ from pipeline.reproduction.run import Run
 from pipeline.reproduction.runner import Runner, local_folder
 from pipeline.reproduction.tables import TABLES, chosen_cells
 from pipeline.storage import Location
-from pipeline.tracking import absolute_tracking_uri
+from pipeline.tracking.tracker import absolute_tracking_uri
 
 PICTURE = "table.png"
 

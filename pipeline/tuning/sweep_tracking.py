@@ -16,7 +16,7 @@ from pipeline.config.tuning import TuneJob
 from pipeline.errors import StorageError
 from pipeline.pretraining.run_folder import RunFolder
 from pipeline.storage import Location
-from pipeline.tracking import OFF, NoTracker, Tracker, absolute_uri, connect, start_tracker
+from pipeline.tracking.tracker import OFF, NoTracker, Tracker, absolute_uri, connect, start_tracker
 from pipeline.tuning.space import Space
 from pipeline.tuning.trials import Trial
 from pipeline.tuning.tuned_job import Tree

@@ -108,7 +108,7 @@ def test_report_survives_a_narrow_ascii_terminal(runs: Path) -> None:
 
 def test_tracked_runs_are_compared_by_experiment(mlflow_uri: str, tmp_path: Path) -> None:
     from pipeline.config import flatten
-    from pipeline.tracking import start_tracker
+    from pipeline.tracking.tracker import start_tracker
 
     for seed, weight, value in [(0, 0.0, 0.5), (1, 0.0, 0.6), (0, 0.5, 0.6), (1, 0.5, 0.701)]:
         content = summary(seed, weight, value)

@@ -350,7 +350,7 @@ def test_output_among_the_labels_is_refused(photos: Path) -> None:
 
 
 def test_numbers_are_recorded_where_asked_and_nowhere_else(photos: Path, mlflow_uri: str) -> None:
-    from pipeline.tracking import connect
+    from pipeline.tracking.tracker import connect
 
     args = ("--labels", photos / "table", "--ground-truth", photos / "gt.json")
     result = run(*args, "--tracking-uri", mlflow_uri, "--run-name", "measured")

@@ -262,7 +262,7 @@ def test_a_population_in_which_all_fail_ends_with_the_reason(
 def test_mlflow_has_a_run_for_each_segment_with_its_place_and_its_own_epochs(
     pictures: Path, tmp_path: Path, mlflow_uri: str
 ) -> None:
-    from pipeline.tracking import connect
+    from pipeline.tracking.tracker import connect
 
     tune(job(tmp_path, pictures, tracking_uri=mlflow_uri, num_samples=2, perturb_epochs=3))
     client, _ = connect(mlflow_uri)

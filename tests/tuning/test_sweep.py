@@ -149,7 +149,7 @@ def classifier_base(pictures: Path) -> tuple[str, ...]:
 def test_a_sweep_of_classifiers_trains_each_in_a_folder_and_records_them_below_one_run(
     tmp_path: Path, mlflow_uri: str
 ) -> None:
-    from pipeline.tracking import connect
+    from pipeline.tracking.tracker import connect
 
     pictures = training.write_classes(tmp_path / "pictures", num_train=16)
     fields = {"search": "grid", "set": classifier_base(pictures), "tracking_uri": mlflow_uri}

@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from pipeline import tracking_outbox, tracking_spool
 from pipeline.errors import ConfigError
-from pipeline.tracking import NoTracker, absolute_uri, start_tracker
-from pipeline.tracking_courier import legal_key, legal_path, legal_text
+from pipeline.tracking.courier import legal_key, legal_path, legal_text
+from pipeline.tracking.tracker import NoTracker, absolute_uri, start_tracker
 from tests.conftest import ROOT
 
 CANARY = "canary-5b1f"
@@ -304,7 +303,7 @@ WORKER = """
 import sys
 import time
 from pathlib import Path
-from pipeline.tracking import start_tracker
+from pipeline.tracking.tracker import start_tracker
 uri, spool, name = sys.argv[1:4]
 tracker = start_tracker(uri, experiment="lab", spool=Path(spool), run_name=name)
 tracker.wait_for_run_id(120)

@@ -5,7 +5,7 @@
 ``record`` costs microseconds and never raises. The journal thread makes events legal and appends
 them to the spool; the sender thread, the only one that calls MLflow, takes them from there in
 order. A slow MLflow lengthens the spool, a stalling disk lengthens the queue, which is bounded.
-This file knows neither MLflow nor the kinds of events: those are tracking_courier.py's.
+This file knows neither MLflow nor the kinds of events: those are tracking/courier.py's.
 """
 
 import errno
@@ -20,8 +20,8 @@ from pathlib import Path
 
 from pipeline.errors import StorageError
 from pipeline.storage import one_line
-from pipeline.tracking_courier import Courier, legal, reason
-from pipeline.tracking_spool import Event, Spool
+from pipeline.tracking.courier import Courier, legal, reason
+from pipeline.tracking.spool import Event, Spool
 
 QUEUE_EVENTS, QUEUE_BYTES = 10_000, 256 * 2**20
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 30.0
@@ -32,7 +32,7 @@ PATIENCE = 3
 LAST_CHANCES = 2
 
 _DISK_MAY_RECOVER = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
-_LOG = logging.getLogger("pipeline.tracking")
+_LOG = logging.getLogger("pipeline.tracking.tracker")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Delivery:
         if self.spooled:
             told = (
                 f"{self.spooled} events not delivered; they are in {self.spool}; "
-                f"send them with: python -m pipeline.tracking {self.spool}"
+                f"send them with: python -m pipeline.tracking.tracker {self.spool}"
             )
         return told + (f"; {self.lost} events lost" if self.lost else "")
 

@@ -5,12 +5,12 @@
         tracker.log_metrics({"images_per_second": 12.5}, step=3)
 
 A ``log_*`` call costs microseconds and never raises; two daemon threads do the rest
-(tracking_outbox.py). What MLflow does not take lies in ``spool``, and
-``python -m pipeline.tracking SPOOL`` sends it later. Without a URI runs go to ``./mlflow.db``, and
+(tracking/outbox.py). What MLflow does not take lies in ``spool``, and
+``python -m pipeline.tracking.tracker SPOOL`` sends it later. Without a URI runs go to ``./mlflow.db``, and
 their artifacts to ``./mlartifacts`` beside it, both as absolute paths.
 
 To record another kind of thing: add a ``log_*`` method to ``Tracker``, then make it legal and send
-it in tracking_courier.py. This file is the only one that imports MLflow.
+it in tracking/courier.py. This file is the only one that imports MLflow.
 """
 
 import argparse
@@ -33,9 +33,9 @@ from urllib.parse import urlsplit
 
 from pipeline.errors import ConfigError, DataError, PatchseedError, StorageError
 from pipeline.storage import one_line, without_secrets
-from pipeline.tracking_courier import Courier, reason
-from pipeline.tracking_outbox import Delivery, Outbox
-from pipeline.tracking_spool import Event, Spool
+from pipeline.tracking.courier import Courier, reason
+from pipeline.tracking.outbox import Delivery, Outbox
+from pipeline.tracking.spool import Event, Spool
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -46,7 +46,7 @@ REQUEST_SECONDS, REQUEST_RETRIES = 10, 0
 
 _SERVERS = ("http", "https")
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
-_LOG = logging.getLogger("pipeline.tracking")
+_LOG = logging.getLogger("pipeline.tracking.tracker")
 
 
 class Tracker(ABC):
@@ -271,7 +271,8 @@ def deliver_spool(path: Path, uri: str | None = None) -> Delivery:
 def main(args: Sequence[str] | None = None) -> int:
     """Deliver a spool from the command line; the exit code is 0 when nothing is left in it."""
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.tracking", description="Send MLflow what it could not be told."
+        prog="python -m pipeline.tracking.tracker",
+        description="Send MLflow what it could not be told.",
     )
     parser.add_argument("spool", type=Path, help="the folder that the job's last warning named")
     parser.add_argument("--tracking-uri", help="another MLflow than the one the run was meant for")

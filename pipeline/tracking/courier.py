@@ -2,7 +2,7 @@
 
 Everything sent may be sent twice without harm: metrics and the run's end carry their own times,
 and the run is found again by the tag ``patchseed.tracker``, so an answer that never came makes
-neither a second run nor a second value. MLflow itself is handed in (only tracking.py imports it).
+neither a second run nor a second value. MLflow itself is handed in (only tracking/tracker.py imports it).
 To add a kind of event: make it legal in ``legal``, send it in ``Courier._send``.
 """
 
@@ -19,7 +19,7 @@ from itertools import takewhile
 from typing import Any, TypeVar
 
 from pipeline.storage import one_line, without_secrets
-from pipeline.tracking_spool import Event, Spool, parsed
+from pipeline.tracking.spool import Event, Spool, parsed
 
 TRACKER_TAG = "patchseed.tracker"
 TROUBLE_TAG = "patchseed.tracking_trouble"
