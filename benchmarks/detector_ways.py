@@ -24,7 +24,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from benchmarks.training_ways import LoopTraining, RepeatedBatch
 from benchmarks.training_workers import Job
 from pipeline.config import TrainDetectorJob
-from pipeline.data.coco import read_coco
+from pipeline.data.ground_truth import read_coco
 from pipeline.data.label_rows import Provenance
 from pipeline.data.label_run import open_run
 from pipeline.data.pseudo_labels import SCHEMA

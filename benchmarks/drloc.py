@@ -35,7 +35,7 @@ from benchmarks.training_ways import (
     timm_loader,
 )
 from benchmarks.training_workers import Job, Load, ray_against_plain, two_against_one
-from pipeline.data.batches import Batch
+from pipeline.data.loader import Batch
 from pipeline.losses.multi_stage import DRLocObjective
 
 Part = Literal["a", "b", "c", "d"]

@@ -19,7 +19,7 @@ import tyro
 from benchmarks.timing import print_table, write_json
 from pipeline.boxes import Boxes
 from pipeline.config import ImagesConfig
-from pipeline.data.coco import read_coco
+from pipeline.data.ground_truth import read_coco
 from pipeline.data.lake import Collection
 from pipeline.data.pixels import load_pixels, pixels_of_row
 from pipeline.evaluation.corloc import best_ious, corloc

@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 
 from benchmarks.feature_sweep import boxes_by_rule
 from benchmarks.timing import print_table, write_json
-from pipeline.data.labelled_archives import is_archive, read_archive
-from pipeline.data.labelled_folders import read_folder
+from pipeline.data.labelled_folders import is_archive, read_archive, read_folder
 from pipeline.evaluation.corloc import (
     THRESHOLD,
     best_ious,

@@ -16,14 +16,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pipeline.data.augment import AugmentOptions, MixOptions, train_transform
-from pipeline.data.batches import (
+from pipeline.data.labelled_folders import read_folder
+from pipeline.data.loader import (
     Batch,
     BatchLoader,
     LoaderOptions,
     ShardedBatchSampler,
     train_loader,
 )
-from pipeline.data.labelled_folders import read_folder
 from pipeline.losses.grid_pooling import Pooling
 from pipeline.losses.multi_stage import DRLocObjective, DRLocOptions
 from pipeline.models.backbones import build_model

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from benchmarks.rounds import Ratio, ratio
 from benchmarks.training_ways import LoopTraining, Network, OurTraining, RepeatedBatch
-from pipeline.data.batches import Batch
+from pipeline.data.loader import Batch
 from pipeline.training.workers import Workers, current_workers
 
 _ROOT = Path(__file__).parents[1]

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from pipeline.config.settings import Place, Settings
 from pipeline.config.training import TrainingJob
-from pipeline.data.labelled_archives import is_archive
+from pipeline.data.labelled_folders import is_archive
 from pipeline.data.lake import Collection
 from pipeline.storage import Location
 from pipeline.tracking.tracker import absolute_tracking_uri

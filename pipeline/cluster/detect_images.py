@@ -8,8 +8,7 @@ from typing import Any
 from pipeline.cluster.bulk_job import ImageList, Work, run_bulk_job
 from pipeline.cluster.recipes import DetectedBoxes
 from pipeline.config import DetectJob
-from pipeline.data.lake import Collection
-from pipeline.data.table_images import TableImages
+from pipeline.data.lake import Collection, TableImages
 from pipeline.detecting import method_of
 from pipeline.detection.exported_detector import StoredDetector, read_detector
 from pipeline.errors import ConfigError

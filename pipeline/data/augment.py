@@ -21,7 +21,7 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from pipeline.data.samples import Transform
+from pipeline.data.loader import Transform
 from pipeline.data.seeding import seeded
 from pipeline.errors import ConfigError
 

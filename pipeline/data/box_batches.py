@@ -1,14 +1,14 @@
-"""Batches of images with boxes for one worker; the detector's counterpart of ``batches.py``.
+"""Batches of images with boxes for one worker; the detector's counterpart of ``data/loader.py``.
 
 Loader processes, pinned memory, warnings of unreadable files and the limit on them are those of
 ``batches.EpochLoader``. What a batch is: ``box_samples.py``; which images: ``box_sampler.py``.
 """
 
-from pipeline.data.batches import EpochLoader, LoaderOptions
 from pipeline.data.box_sampler import BucketBatchSampler
 from pipeline.data.box_samples import BoxBatch, BoxSamples
 from pipeline.data.box_table import BoxTable
 from pipeline.data.box_transform import BoxTransform
+from pipeline.data.loader import EpochLoader, LoaderOptions
 
 __all__ = ["BoxBatch", "BoxLoader", "LoaderOptions", "eval_box_loader", "train_box_loader"]
 

@@ -24,9 +24,8 @@ from pipeline.data.box_sampler import BoxKey, BucketBatchSampler
 from pipeline.data.box_table import BoxTable, TableSource, read_box_table
 from pipeline.data.box_transform import BoxTransform, fixed_size
 from pipeline.data.labelled_images import LabelledImages, decode_rgb, printable
-from pipeline.data.replacements import Fault
+from pipeline.data.loader import Fault, Packed, pack, unpack
 from pipeline.data.seeding import key_of
-from pipeline.data.shared_memory import Packed, pack, unpack
 from pipeline.data.sources import ReadFault, fetch_bytes
 from pipeline.errors import DataError
 

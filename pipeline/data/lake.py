@@ -7,6 +7,11 @@ same ids and equal names in two folders stay two images.
 
 To read another kind of collection: a generator of entries like those in ``uri_lists.py``, its name
 in ``Kind`` and a branch in ``Collection``. ``folders.py`` walks, ``sources.py`` reads the bytes.
+
+The images of a pseudo-label table once more, under the ids they have there.
+
+``lake.Collection`` makes ids of paths; a second table about the same images must not, or their rows
+would not match where the first one's collection was a list or lay elsewhere.
 """
 
 import hashlib
@@ -23,6 +28,7 @@ from pydantic import BaseModel, ConfigDict
 
 from pipeline.data import uri_lists
 from pipeline.data.folders import EVERYTHING, FolderWalk, Tally, readable_extensions
+from pipeline.data.pseudo_labels import iterate_labels, read_manifest
 from pipeline.data.sources import place_uri
 from pipeline.data.uri_lists import Entry
 from pipeline.errors import DataError
@@ -204,3 +210,41 @@ def image_id(identity: str) -> str:
 def _digest(identity: str) -> bytes:
     # The very bytes of a name that is not UTF-8, so that the id does not depend on the reader.
     return hashlib.sha256(identity.encode("utf-8", "surrogateescape")).digest()[:16]
+
+
+class TableImages:
+    """All images of a finished table, whatever became of them there.
+
+    Raises:
+        DataError: there is no finished table.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self._folder = Location.parse(folder)
+        self._num_images = read_manifest(self._folder).rows
+
+    @property
+    def report(self) -> Listing:
+        """What there is, as of a collection."""
+        return Listing(
+            root=str(self._folder),
+            kind="labels",
+            num_images=self._num_images,
+            num_duplicates=0,
+            ignored_by_extension={},
+            num_unreadable_folders=0,
+            unreadable_folders=[],
+            num_refused_links=0,
+            refused_links=[],
+        )
+
+    def chunks(self) -> Iterator[pa.Table]:
+        """Tables of ``INPUT_SCHEMA``, one per file of the table.
+
+        Raises:
+            DataError: the table is empty or damaged.
+        """
+        if not self._num_images:
+            raise DataError(f"{self._folder} has no rows: label some images first")
+        for table in iterate_labels(self._folder, INPUT_SCHEMA.names):
+            yield table.replace_schema_metadata(None).cast(INPUT_SCHEMA)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from pipeline.data.labelled_archives import archive_members, is_archive
+from pipeline.data.labelled_folders import archive_members, is_archive
 from pipeline.data.labelled_images import (
     EncodedImages,
     LabelledImages,

@@ -15,9 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.boxes import Boxes, as_boxes
-from pipeline.data.coco import read_coco
-from pipeline.data.ground_truth import GroundTruth
-from pipeline.data.voc import read_voc
+from pipeline.data.ground_truth import GroundTruth, read_coco, read_voc
 from pipeline.errors import DataError
 from pipeline.evaluation.corloc import (
     THRESHOLD,

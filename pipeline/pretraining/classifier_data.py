@@ -1,6 +1,6 @@
 """From a job's settings to its images: the data set, how it is varied, and the batches of a worker.
 
-To add a way to vary images: ``data/augment.py``; a data set: ``data/classification.py``.
+To add a way to vary images: ``data/augment.py``; a data set: ``data/classification_sets.py``.
 """
 
 import logging
@@ -9,17 +9,16 @@ from typing import Literal
 
 from pipeline.config import TrainClassifierJob
 from pipeline.data.augment import AugmentOptions, MixOptions, eval_transform, train_transform
-from pipeline.data.batches import (
+from pipeline.data.classification_sets import ClassificationData, load_classification
+from pipeline.data.label_splits import SplitRule
+from pipeline.data.labelled_images import LabelledImages, cached
+from pipeline.data.loader import (
     BatchLoader,
     LoaderOptions,
     eval_loader,
     num_loaders,
     train_loader,
 )
-from pipeline.data.classification import ClassificationData, load_classification
-from pipeline.data.decoded import cached
-from pipeline.data.label_splits import SplitRule
-from pipeline.data.labelled_images import LabelledImages
 from pipeline.data.sharding import ShardedBatchSampler
 from pipeline.models.features import NORMALIZATIONS
 from pipeline.training.workers import Workers

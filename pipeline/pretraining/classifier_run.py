@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from pipeline.config import TrainClassifierJob
-from pipeline.data.batches import BatchLoader
+from pipeline.data.loader import BatchLoader
 from pipeline.data.pseudo_labels import config_hash
 from pipeline.errors import StorageError
 from pipeline.evaluation.confusion import Confusion, count_confusion

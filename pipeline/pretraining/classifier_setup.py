@@ -12,8 +12,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pipeline.config import TrainClassifierJob
 from pipeline.data.augment import AugmentOptions
-from pipeline.data.batches import BatchLoader
-from pipeline.data.classification import ClassificationData
+from pipeline.data.classification_sets import ClassificationData
+from pipeline.data.loader import BatchLoader
 from pipeline.errors import ConfigError
 from pipeline.losses.grid_pooling import Pooling, pooled_shape
 from pipeline.losses.multi_stage import DRLocObjective, DRLocOptions

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.data.batches import Batch, BatchLoader
+from pipeline.data.loader import Batch, BatchLoader
 from pipeline.data.multi_crop import MultiCropOptions, draw_views, make_views
 from pipeline.data.seeding import key_of
 from pipeline.losses.dino import Center, dino_loss

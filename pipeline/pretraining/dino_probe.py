@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from pipeline.boxes import Boxes
 from pipeline.config import PretrainDinoJob
-from pipeline.data.labelled_archives import is_archive, read_archive
-from pipeline.data.labelled_folders import read_folder
+from pipeline.data.labelled_folders import is_archive, read_archive, read_folder
 from pipeline.data.labelled_images import LabelledImages
 from pipeline.data.pixels import load_pixels, pixels_of_row
 from pipeline.data.unlabelled import middle_square

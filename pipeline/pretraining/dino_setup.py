@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from pipeline.config import PretrainDinoJob
-from pipeline.data.batches import LoaderOptions, num_loaders, train_loader
 from pipeline.data.labelled_images import LabelledImages
+from pipeline.data.loader import LoaderOptions, num_loaders, train_loader
 from pipeline.data.multi_crop import MultiCropOptions
 from pipeline.data.sharding import ShardedBatchSampler
 from pipeline.data.unlabelled import preload, random_square, read_unlabelled

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.data.augment import MixOptions, mix
-from pipeline.data.batches import Batch, BatchLoader
+from pipeline.data.loader import Batch, BatchLoader
 from pipeline.losses.multi_stage import DRLocObjective
 from pipeline.losses.pairs import pair_generator
 from pipeline.models.grid_classifier import GridClassifier

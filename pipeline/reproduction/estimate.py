@@ -6,7 +6,7 @@ To have another network reckoned with: a line in ``_NETWORKS``.
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.data.classification import SIZES
+from pipeline.data.classification_sets import SIZES
 from pipeline.reproduction.backbones import BACKBONES
 from pipeline.reproduction.cells import Classifier
 from pipeline.reproduction.run import Cost

@@ -14,7 +14,6 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.data.batches import LoaderOptions
 from pipeline.data.box_batches import BoxLoader, eval_box_loader, train_box_loader
 from pipeline.data.box_sampler import BucketBatchSampler
 from pipeline.data.box_samples import (
@@ -28,7 +27,7 @@ from pipeline.data.box_samples import (
 )
 from pipeline.data.box_transform import resized_size
 from pipeline.data.labelled_images import decode_rgb
-from pipeline.data.shared_memory import pack, unpack
+from pipeline.data.loader import LoaderOptions, pack, unpack
 from pipeline.errors import DataError
 from pipeline.storage import Location
 from tests.data.pictures import encode

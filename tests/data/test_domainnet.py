@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data.domainnet import DOMAINS, read_domain
-from pipeline.data.imagenet100 import WNIDS
+from pipeline.data.classification_sets import DOMAINS, WNIDS, read_domain
 from pipeline.errors import DataError
 from tests.data.labelled import greys, names, plant_classes
 

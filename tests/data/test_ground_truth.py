@@ -7,9 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.data.coco import read_coco
-from pipeline.data.ground_truth import GroundTruth
-from pipeline.data.voc import read_voc
+from pipeline.data.ground_truth import GroundTruth, read_coco, read_voc
 from pipeline.errors import DataError
 from pipeline.storage import Location
 

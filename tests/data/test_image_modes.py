@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.data.image_modes import to_rgb
+from pipeline.data.images import to_rgb
 from tests.data.pictures import Pixels, decode, encode, pixels_of
 
 BACKGROUND = (10, 120, 250)

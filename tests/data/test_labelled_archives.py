@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.data.labelled_archives import is_archive, read_archive
-from pipeline.data.labelled_folders import read_folder
+from pipeline.data.labelled_folders import is_archive, read_archive, read_folder
 from pipeline.errors import DataError
 from tests.data.labelled import greys, names, plant_classes
 

@@ -5,8 +5,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from pipeline.data.lake import INPUT_SCHEMA
-from pipeline.data.table_images import TableImages
+from pipeline.data.lake import INPUT_SCHEMA, TableImages
 from pipeline.errors import DataError
 from tests.tables import label_row, write_table
 

@@ -14,7 +14,7 @@ import pytest
 import scipy.io
 from torchvision import datasets
 
-from pipeline.data.torchvision_sets import read_cifar, read_flowers, read_svhn
+from pipeline.data.classification_sets import read_cifar, read_flowers, read_svhn
 from pipeline.errors import DataError
 from tests.data.labelled import flat, greys, names
 from tests.data.pictures import encode

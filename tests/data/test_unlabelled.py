@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.data.batches import LoaderOptions, ShardedBatchSampler, train_loader
 from pipeline.data.labelled_images import LabelledImages
+from pipeline.data.loader import LoaderOptions, ShardedBatchSampler, train_loader
 from pipeline.data.seeding import seeded
 from pipeline.data.unlabelled import (
     Joined,

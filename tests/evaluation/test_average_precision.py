@@ -13,8 +13,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from pipeline.boxes import as_boxes, xyxy_to_xywh
-from pipeline.data.coco import read_coco
-from pipeline.data.ground_truth import GroundTruth
+from pipeline.data.ground_truth import GroundTruth, read_coco
 from pipeline.evaluation.ap_interval import weighted_ap50
 from pipeline.evaluation.average_precision import (
     STATS,

@@ -15,7 +15,7 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from pipeline.data.batches import LoaderOptions, ShardedBatchSampler, train_loader
+from pipeline.data.loader import LoaderOptions, ShardedBatchSampler, train_loader
 from pipeline.data.multi_crop import MultiCropOptions
 from pipeline.data.unlabelled import random_square
 from pipeline.models.dino_network import DINONetwork

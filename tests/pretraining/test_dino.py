@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.data.batches import Batch
+from pipeline.data.loader import Batch
 from pipeline.data.multi_crop import MultiCropOptions
 from pipeline.pretraining.dino import Crops, DINOObjective, DINOTask
 from pipeline.training.loop import StepKey

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.config import ClassifierConfig, DataConfig, DRLocConfig, TrainClassifierJob
 from pipeline.data.augment import AugmentOptions, MixOptions, train_transform
-from pipeline.data.batches import Batch, LoaderOptions, ShardedBatchSampler, train_loader
+from pipeline.data.loader import Batch, LoaderOptions, ShardedBatchSampler, train_loader
 from pipeline.pretraining.classifier_setup import build_objective
 from pipeline.pretraining.supervised import Inputs, SupervisedTask
 from pipeline.training.loop import Hooks, LoopSettings, LoopState, StepKey, train

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.data.classification import (
+from pipeline.data.classification_sets import (
     DOWNLOADABLE,
     NAMES,
     SIZES,

@@ -14,17 +14,17 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.data.augment import AugmentOptions, eval_transform, train_transform
-from pipeline.data.batches import (
+from pipeline.data.labelled_images import LabelledImages, cached
+from pipeline.data.loader import (
     Batch,
     LoaderOptions,
     ShardedBatchSampler,
     eval_loader,
     micro_batches,
+    pack,
     train_loader,
+    unpack,
 )
-from pipeline.data.decoded import cached
-from pipeline.data.labelled_images import LabelledImages
-from pipeline.data.shared_memory import pack, unpack
 from pipeline.errors import ConfigError, DataError
 
 AUGMENT = AugmentOptions(image_size=16, crop="pad")
@@ -383,7 +383,7 @@ def test_big_arrays_go_beside_the_pickle_and_come_back_as_views() -> None:
 
 
 def test_without_shared_memory_every_process_has_its_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.data.shared_memory._free_shared_memory", lambda: 0)
+    monkeypatch.setattr("pipeline.data.loader._free_shared_memory", lambda: 0)
     kept = cached(Pictures(200))
     packed = pack(kept)
     assert packed.buffers == []

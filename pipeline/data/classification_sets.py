@@ -17,26 +17,235 @@ in all folders of the paper. Validation images are then carved from the training
 where there is neither. Where there are both, both are used as they are.
 
 To add a set: a reader of `Parts`, a line in ``SIZES`` and a case in ``_read``.
+
+Which hundred classes of ImageNet are ImageNet-100.
+
+The random subset of Tian et al., "Contrastive Multiview Coding" (ECCV 2020), which the DRLoc paper
+trains on; its list is published as ``imagenet100.txt`` with that paper's code. Other papers draw
+other hundreds under the same name, so results compare only between users of this list.
+
+DomainNet by its official lists: six domains of 345 classes, nothing moved or copied.
+
+Peng et al., "Moment Matching for Multi-Source Domain Adaptation", ICCV 2019. The cleaned version is
+meant, whose counts are those of the DRLoc paper's Table 1. Expected in one folder: the unpacked
+``clipart/`` (and so on) and the lists ``clipart_train.txt`` and ``clipart_test.txt``, a path and a
+label on each line. Labels are the lists' own, so that predictions compare with anybody's; their
+order is alphabetical but for letter case and hyphens, not that of a sorted folder.
+
+Another domain is a name in ``DOMAINS``.
+
+CIFAR, SVHN and Flowers102 in their publishers' files, fetched and verified by torchvision.
+
+torchvision compares every file with its published MD5 before anything is read from it (the CIFAR
+files are pickles), so damaged or foreign files end here. The readers take torchvision's class as an
+argument: a subclass with other checksums reads other files of the same format.
+
+To add a set: a reader that returns `Parts`, and what data/classification_sets.py says of adding one.
+
+Shape letters:  N images   H rows   W columns   3 red, green, blue
 """
 
 import difflib
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Final, Literal
 
 import numpy as np
+import scipy.io
 from torchvision import datasets
 
-from pipeline.data import domainnet, imagenet100, torchvision_sets
 from pipeline.data.label_splits import SplitRule, carve
-from pipeline.data.labelled_archives import is_archive, read_archive
-from pipeline.data.labelled_folders import read_folder
-from pipeline.data.labelled_images import LabelledImages, Parts, Selection
+from pipeline.data.labelled_folders import is_archive, read_archive, read_folder
+from pipeline.data.labelled_images import (
+    ArrayImages,
+    FileImages,
+    LabelledImages,
+    Parts,
+    Selection,
+    printable,
+)
 from pipeline.data.labelled_parquet import read_parquet
 from pipeline.errors import ConfigError, DataError
-from pipeline.storage import split_uri
+from pipeline.storage import one_line, split_uri
+
+_IDS: Final = """
+n01558993 n01692333 n01729322 n01735189 n01749939 n01773797 n01820546 n01855672 n01978455
+n01980166 n01983481 n02009229 n02018207 n02085620 n02086240 n02086910 n02087046 n02089867
+n02089973 n02090622 n02091831 n02093428 n02099849 n02100583 n02104029 n02105505 n02106550
+n02107142 n02108089 n02109047 n02113799 n02113978 n02114855 n02116738 n02119022 n02123045
+n02138441 n02172182 n02231487 n02259212 n02326432 n02396427 n02483362 n02488291 n02701002
+n02788148 n02804414 n02859443 n02869837 n02877765 n02974003 n03017168 n03032252 n03062245
+n03085013 n03259280 n03379051 n03424325 n03492542 n03494278 n03530642 n03584829 n03594734
+n03637318 n03642806 n03764736 n03775546 n03777754 n03785016 n03787032 n03794056 n03837869
+n03891251 n03903868 n03930630 n03947888 n04026417 n04067472 n04099969 n04111531 n04127249
+n04136333 n04229816 n04238763 n04336792 n04418357 n04429376 n04435653 n04485082 n04493381
+n04517823 n04589890 n04592741 n07714571 n07715103 n07753275 n07831146 n07836838 n13037406
+n13040303
+"""
+
+WNIDS: Final = tuple(_IDS.split())
+"""WordNet ids in string order, which is the order of the labels."""
+
+
+DIGITS: Final = tuple("0123456789")
+
+
+def read_cifar(root: str, *, download: bool = False, source: Any = datasets.CIFAR10) -> Parts:
+    """CIFAR from ``root/cifar-10-batches-py``, or with ``source=CIFAR100`` from its folder.
+
+    Raises:
+        DataError: the files are absent, damaged, or cannot be downloaded.
+    """
+    train = _open(lambda: source(root, train=True, download=download), root)
+    test = _open(lambda: source(root, train=False), root)
+    return Parts(
+        tuple(train.classes),
+        ArrayImages(train.data, np.array(train.targets, np.int64), "train"),
+        test=ArrayImages(test.data, np.array(test.targets, np.int64), "test"),
+    )
+
+
+def read_svhn(root: str, *, download: bool = False, source: Any = datasets.SVHN) -> Parts:
+    """SVHN's cropped digits from ``root/train_32x32.mat`` and ``test_32x32.mat``, without "extra".
+
+    Raises:
+        DataError: the files are absent, damaged, or cannot be downloaded.
+    """
+
+    def images(split: str) -> ArrayImages:
+        opened = _open(lambda: source(root, split=split, download=download), root)
+        pixels_NHW3 = opened.data.transpose(0, 2, 3, 1)
+        return ArrayImages(pixels_NHW3, opened.labels.astype(np.int64), split)
+
+    return Parts(DIGITS, images("train"), test=images("test"))
+
+
+def read_flowers(root: str, *, download: bool = False, source: Any = datasets.Flowers102) -> Parts:
+    """Flowers102 from ``root/flowers-102``; trained on are its lists ``trnid`` and ``valid``.
+
+    Both together are the paper's 2,040 training images (Table 1). The publisher's validation set is
+    not kept apart.
+
+    Raises:
+        DataError: the files are absent, damaged, or cannot be downloaded.
+    """
+    _open(lambda: source(root, download=download), root)
+    folder = os.path.join(root, "flowers-102")
+    lists = scipy.io.loadmat(os.path.join(folder, "setid.mat"), squeeze_me=True)
+    label_of = scipy.io.loadmat(os.path.join(folder, "imagelabels.mat"), squeeze_me=True)["labels"]
+
+    def images(*names: str) -> FileImages:
+        # Numbers and labels count from 1.
+        numbers = np.concatenate([lists[name] for name in names])
+        paths = [f"jpg/image_{number:05d}.jpg" for number in numbers]
+        return FileImages(folder, paths, label_of[numbers - 1].astype(np.int64) - 1)
+
+    return Parts(tuple(source.classes), images("trnid", "valid"), test=images("tstid"))
+
+
+def _open(make: Callable[[], Any], root: str) -> Any:
+    """What ``make`` returns; torchvision's complaints become one line with the remedy."""
+    try:
+        return make()
+    # RuntimeError is torchvision's word for absent or damaged, OSError is the network or the disk.
+    except (RuntimeError, OSError) as fault:
+        raise DataError(
+            f"cannot read the data set in {printable(root)} ({one_line(fault)}): set "
+            "data.download to have torchvision fetch it, or unpack the publisher's files there"
+        ) from fault
+
+
+DOMAINS: Final = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")
+PUBLISHED: Final = "csr.bu.edu/ftp/visda/2019/multi-source"
+
+_Entries = list[tuple[str, int]]
+
+
+def read_domain(root: str, domain: str) -> Parts:
+    """The train and test images of one domain.
+
+    A class may lack training images ("t-shirt" does in some versions of painting's list).
+
+    Raises:
+        DataError: a list is missing or no such list, the two disagree, or images are missing.
+    """
+    train = _read_list(root, f"{domain}_train.txt")
+    test = _read_list(root, f"{domain}_test.txt")
+    classes = _class_names(root, domain, train + test)
+    _check_present(root, domain, train + test)
+    return Parts(classes, _images(root, train), test=_images(root, test))
+
+
+def _read_list(root: str, name: str) -> _Entries:
+    path = os.path.join(root, name)
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as fault:
+        raise DataError(
+            f"cannot read {printable(path)} ({one_line(fault)}): get it from "
+            f"{PUBLISHED}/domainnet/txt/{name} and put it beside the image folder"
+        ) from fault
+    entries: _Entries = []
+    for number, line in enumerate(lines, 1):
+        image, _, label = line.rpartition(" ")
+        if not line.strip():
+            continue
+        if not label.isdecimal() or image.count("/") < 2:
+            raise DataError(
+                f"{printable(path)}, line {number}: must be domain/class/image and a label, got "
+                f"'{line[:80]}'"
+            )
+        entries.append((image, int(label)))
+    return entries
+
+
+def _class_names(root: str, domain: str, entries: _Entries) -> tuple[str, ...]:
+    """Names by label, from the folders the images lie in."""
+    names: dict[int, str] = {}
+    for path, label in entries:
+        name = path.split("/")[-2]
+        if names.setdefault(label, name) != name:
+            raise DataError(
+                f"{printable(root)}: the lists of {domain} must agree on the classes, got label "
+                f"{label} for '{names[label]}' and '{name}': get both lists again"
+            )
+    if sorted(names) != list(range(len(names))) or len(set(names.values())) != len(names):
+        raise DataError(
+            f"{printable(root)}: the lists of {domain} must number their classes from 0 without a "
+            f"gap, got {len(names)} labels up to {max(names, default=-1)}: get both lists again"
+        )
+    return tuple(names[label] for label in range(len(names)))
+
+
+def _check_present(root: str, domain: str, entries: _Entries) -> None:
+    """Raise DataError if listed images are missing; folders are listed, no image is touched."""
+    there: dict[str, set[str]] = {}
+    missing = []
+    for path, _ in entries:
+        folder, name = path.rsplit("/", 1)
+        if folder not in there:
+            try:
+                there[folder] = set(os.listdir(os.path.join(root, folder)))
+            except OSError:
+                there[folder] = set()
+        if name not in there[folder]:
+            missing.append(path)
+    if missing:
+        cleaned = "groundtruth/" if domain in ("clipart", "painting") else ""
+        raise DataError(
+            f"{printable(root)} must hold the {len(entries):,} images of the {domain} lists, "
+            f"{len(missing):,} are missing, such as {missing[0]}: unpack "
+            f"{PUBLISHED}/{cleaned}{domain}.zip there"
+        )
+
+
+def _images(root: str, entries: _Entries) -> FileImages:
+    labels = np.array([label for _, label in entries], np.int64)
+    return FileImages(root, (path for path, _ in entries), labels)
+
 
 SIZES: Final = {
     "imagenet": (1_281_167, 50_000, 1000),
@@ -179,21 +388,21 @@ def _read(name: str, root: str, *, download: bool) -> Parts:
     if name == "imagenet":
         return read_folder(path, roles=("train", "validation"))
     if name == "imagenet100":
-        return read_folder(path, roles=("train", "validation"), wanted=imagenet100.WNIDS)
+        return read_folder(path, roles=("train", "validation"), wanted=WNIDS)
     if name == "folder" or os.path.isdir(os.path.join(path, "train")):
         return read_folder(path)
     if name.startswith("domainnet-"):
-        return domainnet.read_domain(path, name.removeprefix("domainnet-"))
+        return read_domain(path, name.removeprefix("domainnet-"))
     return _read_with_torchvision(name, path, download=download)
 
 
 def _read_with_torchvision(name: str, path: str, *, download: bool) -> Parts:
     if name == "svhn":
-        return torchvision_sets.read_svhn(path, download=download)
+        return read_svhn(path, download=download)
     if name == "flowers102":
-        return torchvision_sets.read_flowers(path, download=download)
+        return read_flowers(path, download=download)
     source = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
-    return torchvision_sets.read_cifar(path, download=download, source=source)
+    return read_cifar(path, download=download, source=source)
 
 
 def _check_parts(name: str, root: str, parts: Parts) -> None:
@@ -225,7 +434,7 @@ def _divide(name: str, root: str, parts: Parts, rule: SplitRule) -> Classificati
     if validation is None:
         validation = Selection(parts.train, held)
         notes += _not_validated(parts.classes, train, validation)
-    looks_like_digits = name != "parquet" and set(parts.classes) == set(torchvision_sets.DIGITS)
+    looks_like_digits = name != "parquet" and set(parts.classes) == set(DIGITS)
     return ClassificationData(
         name=name,
         train=train,
