@@ -7,10 +7,10 @@ from rich.table import Table
 
 from pipeline.cluster.training import run_training, say
 from pipeline.config import TrainClassifierJob
-from pipeline.places import require_places, with_absolute_places
 from pipeline.pretraining.classifier_run import train_classifier_here
 from pipeline.pretraining.export_run import export_run
-from pipeline.pretraining.run_folder import RunFolder
+from pipeline.runs.folder import RunFolder
+from pipeline.runs.places import require_places, with_absolute_places
 from pipeline.storage import Location
 
 

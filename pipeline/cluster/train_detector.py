@@ -13,8 +13,8 @@ from pipeline.detection.onnx_export import export_detector_onnx
 from pipeline.detection.run import train_detector_here
 from pipeline.detection.setup import read_table
 from pipeline.errors import ConfigError
-from pipeline.places import require_places, with_absolute_places
-from pipeline.pretraining.run_folder import RunFolder
+from pipeline.runs.folder import RunFolder
+from pipeline.runs.places import require_places, with_absolute_places
 from pipeline.storage import Location
 
 

@@ -21,9 +21,9 @@ import torch
 from pipeline.cluster.session import count, ray_session
 from pipeline.config import TrainingJob
 from pipeline.errors import ClusterError, ConfigError, PatchseedError
-from pipeline.pretraining.run_folder import RunFolder
-from pipeline.pretraining.run_life import Outside, TrainHere
 from pipeline.progress import duration
+from pipeline.runs.folder import RunFolder
+from pipeline.runs.life import Outside, TrainHere
 from pipeline.storage import one_line
 from pipeline.training.workers import current_workers
 

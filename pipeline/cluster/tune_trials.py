@@ -23,8 +23,8 @@ from pipeline.cluster.session import count
 from pipeline.cluster.training import WorkerTask, fit_with_workers
 from pipeline.config import TrainingJob
 from pipeline.errors import ClusterError
-from pipeline.pretraining.run_folder import RunFolder
-from pipeline.pretraining.run_life import TrainHere
+from pipeline.runs.folder import RunFolder
+from pipeline.runs.life import TrainHere
 from pipeline.storage import one_line
 from pipeline.tuning.run_trial import Outcome, TrialTask, Watch, ended, run_trial
 from pipeline.tuning.segment import SegmentTask

@@ -22,7 +22,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     places: ClassVar[Mapping[str, Place]] = {}
-    """The settings, by dotted names, that say what to read (places.py)."""
+    """The settings, by dotted names, that say what to read (runs/places.py)."""
 
 
 class TrackedSettings(Settings):

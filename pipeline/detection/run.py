@@ -14,9 +14,9 @@ from pipeline.detection.predictor import Predictor
 from pipeline.detection.probe import DetectionProbe, read_probe
 from pipeline.detection.setup import DetectorSetup, set_up
 from pipeline.errors import DataError
-from pipeline.pretraining.curves_picture import curves_picture
-from pipeline.pretraining.run_folder import RunFolder
-from pipeline.pretraining.run_life import (
+from pipeline.runs.curves import curves_picture
+from pipeline.runs.folder import RunFolder
+from pipeline.runs.life import (
     Outside,
     Telling,
     TrainingRun,
@@ -24,7 +24,7 @@ from pipeline.pretraining.run_life import (
     open_record,
     summary_of,
 )
-from pipeline.pretraining.run_record import Epoch
+from pipeline.runs.record import Epoch
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.workers import Workers
 

@@ -19,9 +19,9 @@ from pipeline.evaluation.confusion import Confusion, count_confusion
 from pipeline.models.exporting import ClassifierDescription, Preprocessing, export_classifier
 from pipeline.pretraining.classifier_setup import ClassifierSetup, set_up
 from pipeline.pretraining.confusion_picture import confusion_picture
-from pipeline.pretraining.curves_picture import curves_picture
-from pipeline.pretraining.run_folder import RunFolder
-from pipeline.pretraining.run_life import (
+from pipeline.runs.curves import curves_picture
+from pipeline.runs.folder import RunFolder
+from pipeline.runs.life import (
     Outside,
     Telling,
     TrainingRun,
@@ -29,7 +29,7 @@ from pipeline.pretraining.run_life import (
     open_record,
     summary_of,
 )
-from pipeline.pretraining.run_record import Epoch
+from pipeline.runs.record import Epoch
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.loop import AUTOCAST
 from pipeline.training.workers import Workers

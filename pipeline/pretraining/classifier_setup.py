@@ -27,8 +27,8 @@ from pipeline.pretraining.classifier_data import (
     mix_options,
     training_batches,
 )
-from pipeline.pretraining.random_states import remember_random_states
 from pipeline.pretraining.supervised import SupervisedObjective, SupervisedTask
+from pipeline.runs.random_states import remember_random_states
 from pipeline.training import schedules
 from pipeline.training.loop import LoopSettings, LoopState
 from pipeline.training.optim import (

@@ -6,11 +6,11 @@ from typing import Any
 
 from pipeline.config import PretrainDinoJob
 from pipeline.models.exported_backbone import write_backbone
-from pipeline.pretraining.curves_picture import curves_picture
 from pipeline.pretraining.dino_probe import Probes, read_probes
 from pipeline.pretraining.dino_setup import DINOSetup, set_up
-from pipeline.pretraining.run_folder import RunFolder
-from pipeline.pretraining.run_life import (
+from pipeline.runs.curves import curves_picture
+from pipeline.runs.folder import RunFolder
+from pipeline.runs.life import (
     Outside,
     Telling,
     TrainingRun,
@@ -18,7 +18,7 @@ from pipeline.pretraining.run_life import (
     open_record,
     summary_of,
 )
-from pipeline.pretraining.run_record import Epoch
+from pipeline.runs.record import Epoch
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.loop import Hooks
 from pipeline.training.workers import Workers

@@ -17,7 +17,7 @@ from pipeline.models.backbones import Weights, build_vit, load_weights
 from pipeline.models.checkpoints import PICKLED
 from pipeline.models.dino_network import DINONetwork
 from pipeline.pretraining.dino import DINOObjective, DINOTask
-from pipeline.pretraining.random_states import remember_random_states
+from pipeline.runs.random_states import remember_random_states
 from pipeline.training import schedules
 from pipeline.training.loop import LoopSettings, LoopState
 from pipeline.training.optim import build_optimizer, parameter_groups, scaled_lr

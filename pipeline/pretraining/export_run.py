@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from pipeline.models.exporting import load_classifier
 from pipeline.models.onnx_export import export_onnx
-from pipeline.pretraining.run_folder import RunFolder
+from pipeline.runs.folder import RunFolder
 from pipeline.storage import Location
 
 

@@ -1,4 +1,4 @@
-"""A step that diverged, as it lies in the file that pretraining/step_fault.py wrote.
+"""A step that diverged, as it lies in the file that runs/step_fault.py wrote.
 
 To keep more: see there.
 """
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from pipeline.config import TrainingJob
 from pipeline.errors import StorageError, WeightsError
-from pipeline.pretraining.random_states import RandomState
-from pipeline.pretraining.step_fault import VERSION
 from pipeline.replay.kinds import KINDS, Kind
+from pipeline.runs.random_states import RandomState
+from pipeline.runs.step_fault import VERSION
 from pipeline.storage import Location, one_line
 
 

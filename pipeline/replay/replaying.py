@@ -13,7 +13,7 @@ running statistics of batch norm, which evaluation mode uses, are those after th
 had moved them.
 
 The data set is not needed. To tell more about a pass: a field of ``Pass``, filled in
-``replay_part``. To keep more of a step: pretraining/step_fault.py. Another kind of job: kinds.py.
+``replay_part``. To keep more of a step: runs/step_fault.py. Another kind of job: kinds.py.
 """
 
 import math
@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import WeightsError
-from pipeline.pretraining.step_fault import mapped
 from pipeline.replay.kept_step import KeptPart, KeptStep
+from pipeline.runs.step_fault import mapped
 from pipeline.storage import one_line
 from pipeline.training.loop import AUTOCAST, seed_epoch
 

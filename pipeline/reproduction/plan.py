@@ -13,7 +13,6 @@ from pathlib import Path
 from pipeline.config import DetectJob, LabelJob, TrainClassifierJob, TrainDetectorJob
 from pipeline.config.presets import merged
 from pipeline.data.pseudo_labels import MANIFEST_NAME, config_hash
-from pipeline.pretraining.run_folder import RunFolder
 from pipeline.reproduction.backbones import BACKBONES
 from pipeline.reproduction.cells import Boxes, Cell, Classifier, Detections, Split, Values
 from pipeline.reproduction.estimate import (
@@ -26,6 +25,7 @@ from pipeline.reproduction.estimate import (
 from pipeline.reproduction.photos import Photos, read_photos
 from pipeline.reproduction.places import AtHand
 from pipeline.reproduction.run import Run
+from pipeline.runs.folder import RunFolder
 from pipeline.storage import Location
 
 _DETECTOR_START = "resnet50-dino"

@@ -14,8 +14,8 @@ import torch
 
 from pipeline.config import TrainingJob
 from pipeline.errors import ConfigError, PatchseedError
-from pipeline.pretraining.run_folder import RunFolder
-from pipeline.pretraining.run_life import Outside, TrainHere
+from pipeline.runs.folder import RunFolder
+from pipeline.runs.life import Outside, TrainHere
 from pipeline.storage import Location, one_line
 from pipeline.training.workers import current_workers
 from pipeline.tuning.segment import SegmentTask, train_segment

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.pretraining.run_folder import RunFolder
-from pipeline.pretraining.run_life import Outside
+from pipeline.runs.folder import RunFolder
+from pipeline.runs.life import Outside
 from pipeline.storage import Location
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from pipeline.config.settings import flatten
 from pipeline.config.tuning import TuneJob
 from pipeline.errors import StorageError
-from pipeline.pretraining.run_folder import RunFolder
+from pipeline.runs.folder import RunFolder
 from pipeline.storage import Location
 from pipeline.tracking.tracker import OFF, NoTracker, Tracker, absolute_uri, connect, start_tracker
 from pipeline.tuning.space import Space

@@ -22,8 +22,8 @@ from pipeline.config.presets import merged
 from pipeline.config.settings import Settings
 from pipeline.config.tuning import TuneJob
 from pipeline.errors import ConfigError
-from pipeline.places import absolute_places
-from pipeline.pretraining.run_life import TrainHere
+from pipeline.runs.life import TrainHere
+from pipeline.runs.places import absolute_places
 from pipeline.storage import one_line
 from pipeline.tuning.space import OWN, Space, Values
 

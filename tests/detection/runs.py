@@ -13,8 +13,8 @@ from pipeline.boxes import xywh_to_xyxy
 from pipeline.config import TrainDetectorJob
 from pipeline.config.detection import presets
 from pipeline.detection.run import train_detector_here
-from pipeline.pretraining.run_folder import RunFolder
-from pipeline.pretraining.run_life import Outside
+from pipeline.runs.folder import RunFolder
+from pipeline.runs.life import Outside
 from pipeline.scenes.scenes import write_collection
 from pipeline.training.workers import Workers
 from tests.tables import Row, label_row, write_table

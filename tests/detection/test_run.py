@@ -17,8 +17,8 @@ from pipeline.detection.setup import build, read_start
 from pipeline.errors import DataError
 from pipeline.evaluation.average_precision import average_precision
 from pipeline.evaluation.corloc import best_ious, corloc
-from pipeline.pretraining.run_folder import RunFolder
-from pipeline.pretraining.run_life import Outside
+from pipeline.runs.folder import RunFolder
+from pipeline.runs.life import Outside
 from pipeline.storage import Location
 from tests.detection.runs import (
     NUM_SCENES,

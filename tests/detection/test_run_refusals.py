@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import DataError, TrainingDiverged
-from pipeline.pretraining.run_life import Outside
+from pipeline.runs.life import Outside
 from tests.detection.runs import (
     Material,
     a_job,

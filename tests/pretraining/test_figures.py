@@ -13,9 +13,9 @@ from PIL import Image
 from pipeline.drawing import figures
 from pipeline.evaluation.confusion import Confusion
 from pipeline.pretraining import confusion_picture as confusion_module
-from pipeline.pretraining import curves_picture as curves_module
 from pipeline.pretraining.confusion_picture import confusion_picture
-from pipeline.pretraining.curves_picture import curves_picture
+from pipeline.runs import curves as curves_module
+from pipeline.runs.curves import curves_picture
 
 FLOOR = 1.347
 DRLOC = ("DRLoc", "position error, cells")

@@ -17,12 +17,12 @@ from pipeline.config import TrainClassifierJob
 from pipeline.errors import ConfigError, StorageError, TrainingDiverged, WeightsError
 from pipeline.pretraining.classifier_run import KIND
 from pipeline.pretraining.classifier_setup import set_up
-from pipeline.pretraining.random_states import remember_random_states
-from pipeline.pretraining.run_folder import RunFolder
-from pipeline.pretraining.step_fault import keep_fault
 from pipeline.replay.__main__ import main
 from pipeline.replay.kept_step import load_step
 from pipeline.replay.replaying import rebuild, replay, replay_part
+from pipeline.runs.folder import RunFolder
+from pipeline.runs.random_states import remember_random_states
+from pipeline.runs.step_fault import keep_fault
 from pipeline.storage import Location
 from pipeline.training.loop import Hooks, Part, StepFault, StepKey, train
 from pipeline.training.workers import Workers

@@ -17,11 +17,11 @@ from pipeline.detection.run import KIND
 from pipeline.detection.setup import DetectorSetup, Start, set_up
 from pipeline.detection.task import Inputs
 from pipeline.errors import TrainingDiverged, WeightsError
-from pipeline.pretraining.run_folder import RunFolder
-from pipeline.pretraining.step_fault import keep_fault, mapped
 from pipeline.replay.__main__ import main
 from pipeline.replay.kept_step import KeptStep, load_step
 from pipeline.replay.replaying import rebuild, replay, replay_part
+from pipeline.runs.folder import RunFolder
+from pipeline.runs.step_fault import keep_fault, mapped
 from pipeline.storage import Location
 from pipeline.training.loop import Hooks, Losses, Part, StepFault, StepKey
 from pipeline.training.loop import train as train_by

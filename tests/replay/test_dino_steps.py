@@ -14,12 +14,12 @@ from pipeline.errors import TrainingDiverged
 from pipeline.pretraining import dino_run
 from pipeline.pretraining.dino_run import KIND, pretrain_dino_here
 from pipeline.pretraining.dino_setup import DINOSetup, set_up
-from pipeline.pretraining.run_folder import RunFolder
-from pipeline.pretraining.run_life import Outside
-from pipeline.pretraining.step_fault import keep_fault
 from pipeline.replay.__main__ import main
 from pipeline.replay.kept_step import KeptStep, load_step
 from pipeline.replay.replaying import rebuild, replay, replay_part
+from pipeline.runs.folder import RunFolder
+from pipeline.runs.life import Outside
+from pipeline.runs.step_fault import keep_fault
 from pipeline.storage import Location
 from pipeline.training.loop import Hooks, Losses, Part, StepFault, StepKey, train
 from pipeline.training.workers import Workers

@@ -13,6 +13,7 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline.errors import ConfigError
+from pipeline.tracking import outbox, spool
 from pipeline.tracking.courier import legal_key, legal_path, legal_text
 from pipeline.tracking.tracker import NoTracker, absolute_uri, start_tracker
 from tests.conftest import ROOT
@@ -242,7 +243,7 @@ def test_off_records_nothing(tmp_path: Path) -> None:
 def test_spool_of_a_healthy_run_stays_small(
     mlflow_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking_spool, "COMPACT_BYTES", 10)
+    monkeypatch.setattr(spool, "COMPACT_BYTES", 10)
     with start_tracker(mlflow_uri, experiment="lab", spool=tmp_path / "spool") as tracker:
         tracker.log_metrics({"loss": 2.0}, step=0)
         (events,) = (tmp_path / "spool").glob("*/events.jsonl")
@@ -281,7 +282,7 @@ def test_values_that_cannot_be_read_cost_only_their_event(
 def test_full_queue_costs_events_and_says_so(
     mlflow_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking_outbox, "QUEUE_EVENTS", 0)
+    monkeypatch.setattr(outbox, "QUEUE_EVENTS", 0)
     tracker = start_tracker(mlflow_uri, experiment="lab", spool=tmp_path / "spool")
     tracker.log_metrics({"loss": 1.0})
     delivery = tracker.close()

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from pipeline.cluster.tune import tune
 from pipeline.config.tuning import TuneJob
 from pipeline.errors import AllTrialsFailed, ConfigError
-from pipeline.pretraining.run_folder import RunFolder
+from pipeline.runs.folder import RunFolder
 from pipeline.storage import Location
 from pipeline.tuning import sweep as sweep_module
 from pipeline.tuning.run_trial import TrialTask, run_trial

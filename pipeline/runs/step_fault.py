@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from pipeline.config import TrainingJob
 from pipeline.errors import StorageError
-from pipeline.pretraining.random_states import RandomState, remembered
-from pipeline.pretraining.run_folder import RunFolder
+from pipeline.runs.random_states import RandomState, remembered
+from pipeline.runs.folder import RunFolder
 from pipeline.storage import one_line
 from pipeline.training.loop import Part, StepFault
 from pipeline.training.workers import Workers

@@ -17,15 +17,15 @@ from typing import Any, ClassVar, Protocol
 from pipeline.config import TrainingJob, flatten
 from pipeline.data.pseudo_labels import config_hash
 from pipeline.errors import StorageError
-from pipeline.pretraining.run_folder import RunFolder, run_name
-from pipeline.pretraining.run_record import (
+from pipeline.runs.folder import RunFolder, run_name
+from pipeline.runs.record import (
     Epoch,
     RunRecord,
     log_history,
     log_results,
     open_tracker,
 )
-from pipeline.pretraining.step_fault import keep_fault
+from pipeline.runs.step_fault import keep_fault
 from pipeline.tracking.tracker import OFF, NoTracker, Tracker
 from pipeline.training.loop import Hooks, LoopSettings, LoopState, StepFault, Task, train
 from pipeline.training.workers import Workers

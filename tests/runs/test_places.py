@@ -8,7 +8,7 @@ import pytest
 from pipeline.config import LabelJob, PretrainDinoJob, TrainClassifierJob, TrainDetectorJob
 from pipeline.config.settings import Settings
 from pipeline.errors import ConfigError, DataError
-from pipeline.places import absolute_places, require_places, with_absolute_places
+from pipeline.runs.places import absolute_places, require_places, with_absolute_places
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import StorageError
-from pipeline.pretraining.run_folder import HISTORY, RunFolder
+from pipeline.runs.folder import HISTORY, RunFolder
 from pipeline.progress import duration
 from pipeline.tracking.tracker import Tracker, start_tracker
 from pipeline.training.loop import StepKey
