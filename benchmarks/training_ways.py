@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from pipeline.data.augment import AugmentOptions, MixOptions, train_transform
+from pipeline.classification.augment import AugmentOptions, MixOptions, train_transform
+from pipeline.classification.task import SupervisedObjective, SupervisedTask
 from pipeline.data.labelled_folders import read_folder
 from pipeline.data.loader import (
     Batch,
@@ -27,7 +28,6 @@ from pipeline.data.loader import (
 from pipeline.losses.grid_pooling import Pooling
 from pipeline.losses.multi_stage import DRLocObjective, DRLocOptions
 from pipeline.models.backbones import build_model
-from pipeline.pretraining.supervised import SupervisedObjective, SupervisedTask
 from pipeline.training.loop import AUTOCAST, Hooks, LoopSettings, LoopState, Task, train
 from pipeline.training.optim import build_optimizer, parameter_groups
 from pipeline.training.schedules import warmup_cosine

@@ -5,10 +5,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.classification.run import export_run, train_classifier_here
 from pipeline.cluster.training import run_training, say
 from pipeline.config import TrainClassifierJob
-from pipeline.pretraining.classifier_run import train_classifier_here
-from pipeline.pretraining.export_run import export_run
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.places import require_places, with_absolute_places
 from pipeline.storage import Location

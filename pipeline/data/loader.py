@@ -453,5 +453,5 @@ def _context() -> BaseContext:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", __name__, "pipeline.data.augment"])
+    context.set_forkserver_preload(["__main__", __name__, "pipeline.classification.augment"])
     return context

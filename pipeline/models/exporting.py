@@ -225,7 +225,7 @@ def config_sha256(config: Mapping[str, Any]) -> str:
 def preprocess(image: ImageLike, recipe: Preprocessing) -> Tensor:
     """The network's input for an image: ``(3, image_size, image_size)`` float32.
 
-    Bit by bit what ``pipeline.data.augment.eval_transform`` makes of it.
+    Bit by bit what ``pipeline.classification.augment.eval_transform`` makes of it.
 
     Raises:
         DataError: the image cannot be read, or is no 8-bit picture.

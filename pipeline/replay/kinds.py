@@ -10,15 +10,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pipeline.classification import run, setup
+from pipeline.classification.task import Inputs, SupervisedObjective, losses_of
 from pipeline.config import PretrainDinoJob, TrainClassifierJob, TrainDetectorJob, TrainingJob
 from pipeline.detection import run as detector_run
 from pipeline.detection import setup as detector_setup
 from pipeline.detection import task as detector_task
 from pipeline.detection.detector import Detector
 from pipeline.errors import WeightsError
-from pipeline.pretraining import classifier_run, classifier_setup, dino_run, dino_setup
+from pipeline.pretraining import dino_run, dino_setup
 from pipeline.pretraining.dino import Crops, DINOObjective
-from pipeline.pretraining.supervised import Inputs, SupervisedObjective, losses_of
 from pipeline.training.loop import Losses
 
 
@@ -51,22 +52,22 @@ def _build_classifier(
     alone = job.model.model_copy(update={"sync_batch_norm": False})
     job = job.model_copy(update={"model": alone})
     num_classes, image_size = inputs.targets_BK.shape[1], inputs.images_B3HW.shape[-1]
-    return classifier_setup.build_objective(
+    return setup.build_objective(
         job,
         num_classes=num_classes,
         image_size=image_size,
-        patch_size=classifier_setup.suitable_patch_size(job, num_classes, image_size),
+        patch_size=setup.suitable_patch_size(job, num_classes, image_size),
     )
 
 
 def _classifier_losses(
     objective: SupervisedObjective, inputs: Inputs, job: TrainClassifierJob, epoch: int
 ) -> Losses:
-    return losses_of(objective(*inputs), classifier_setup.lambda_at(job, epoch))
+    return losses_of(objective(*inputs), setup.lambda_at(job, epoch))
 
 
 def _describe_classifier(job: TrainClassifierJob, epoch: int) -> str:
-    weight = classifier_setup.lambda_at(job, epoch)
+    weight = setup.lambda_at(job, epoch)
     return f"{job.model.name} on {job.data.name}, lambda {weight:g}"
 
 
@@ -128,7 +129,7 @@ def _describe_detector(job: TrainDetectorJob, epoch: int) -> str:
 
 
 KINDS = {
-    classifier_run.KIND: Kind(
+    run.KIND: Kind(
         TrainClassifierJob, Inputs, _build_classifier, _classifier_losses, _describe_classifier
     ),
     dino_run.KIND: Kind(PretrainDinoJob, Crops, _build_dino, _dino_losses, _describe_dino),

@@ -3,7 +3,7 @@ it runs.
 
     train(task, optimizer, settings, workers, start_epoch=0, on_epoch_end=save_and_tell)
 
-A *task* (pretraining/supervised.py is one) says what a batch is and what is minimised; this file
+A *task* (classification/task.py is one) says what a batch is and what is minimised; this file
 says in which order: the learning rate, forward and backward of each part, one clipping of the whole
 gradient, one step, the average of the weights. To watch a run: ``on_epoch_end`` and ``on_step``.
 To train something else: write a task.

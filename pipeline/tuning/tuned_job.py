@@ -46,7 +46,7 @@ _KINDS = {
 }
 
 TRAINED = {
-    "classifier": ("pipeline.pretraining.classifier_run", "train_classifier_here"),
+    "classifier": ("pipeline.classification.run", "train_classifier_here"),
     "dino": ("pipeline.pretraining.dino_run", "pretrain_dino_here"),
     "detector": ("pipeline.detection.run", "train_detector_here"),
 }

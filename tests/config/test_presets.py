@@ -208,7 +208,7 @@ def test_the_grid_is_what_the_source_had(kind: str, model: str) -> None:
     # 7 x 7 for all: pooled from 14 x 14, or as it is. The released code left ViT's as it is too.
     import torch
 
-    from pipeline.pretraining.classifier_setup import build_objective
+    from pipeline.classification.setup import build_objective
 
     with torch.device("meta"):
         drloc = build_objective(

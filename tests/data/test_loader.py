@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from pipeline.data.augment import AugmentOptions, eval_transform, train_transform
+from pipeline.classification.augment import AugmentOptions, eval_transform, train_transform
 from pipeline.data.labelled_images import LabelledImages, cached
 from pipeline.data.loader import (
     Batch,

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from pipeline.data.augment import AugmentOptions, eval_transform
+from pipeline.classification.augment import AugmentOptions, eval_transform
 from pipeline.data.labelled_images import decode_rgb
 from pipeline.errors import DataError, WeightsError
 from pipeline.models.checkpoints import fit_state_dict, read_state_dict

@@ -10,10 +10,9 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from pipeline.classification import confusion as confusion_module
+from pipeline.classification.confusion import Confusion, confusion_picture
 from pipeline.drawing import figures
-from pipeline.evaluation.confusion import Confusion
-from pipeline.pretraining import confusion_picture as confusion_module
-from pipeline.pretraining.confusion_picture import confusion_picture
 from pipeline.runs import curves as curves_module
 from pipeline.runs.curves import curves_picture
 

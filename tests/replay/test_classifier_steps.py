@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.classification.run import KIND
+from pipeline.classification.setup import set_up
 from pipeline.config import TrainClassifierJob
 from pipeline.errors import ConfigError, StorageError, TrainingDiverged, WeightsError
-from pipeline.pretraining.classifier_run import KIND
-from pipeline.pretraining.classifier_setup import set_up
 from pipeline.replay.__main__ import main
 from pipeline.replay.kept_step import load_step
 from pipeline.replay.replaying import rebuild, replay, replay_part

@@ -2,23 +2,30 @@
 
 The same function trains in this process, under torchrun and as a Ray Train worker: who trains
 together is asked of torch (training/workers.py). Rank 0 alone writes; all read the same folder.
+
+A finished run's model, copied to where it is wanted, with an ONNX file beside it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
+from pipeline.classification.confusion import Confusion, confusion_picture, count_confusion
+from pipeline.classification.setup import ClassifierSetup, set_up
 from pipeline.config import TrainClassifierJob
 from pipeline.data.loader import BatchLoader
 from pipeline.data.pseudo_labels import config_hash
 from pipeline.errors import StorageError
-from pipeline.evaluation.confusion import Confusion, count_confusion
-from pipeline.models.exporting import ClassifierDescription, Preprocessing, export_classifier
-from pipeline.pretraining.classifier_setup import ClassifierSetup, set_up
-from pipeline.pretraining.confusion_picture import confusion_picture
+from pipeline.models.exporting import (
+    ClassifierDescription,
+    Preprocessing,
+    export_classifier,
+    load_classifier,
+)
+from pipeline.models.onnx_export import export_onnx
 from pipeline.runs.curves import curves_picture
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.life import (
@@ -30,6 +37,7 @@ from pipeline.runs.life import (
     summary_of,
 )
 from pipeline.runs.record import Epoch
+from pipeline.storage import Location
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.loop import AUTOCAST
 from pipeline.training.workers import Workers
@@ -222,3 +230,22 @@ def describe(
         metrics=summary["metrics"],
         made_by={name: value for name, value in summary.items() if name != "metrics"},
     )
+
+
+def export_run(run: RunFolder, target: Location, *, onnx: bool) -> Iterator[str]:
+    """Write the run's model to ``target``; yields a line for each thing written.
+
+    Raises:
+        StorageError: the run has no model, or ``target`` cannot be written.
+        WeightsError: the ONNX file does not give the network's numbers.
+    """
+    for copy in run.copy_model(target):
+        yield f"exported {copy}"
+    if onnx:
+        classifier = load_classifier(str(target))
+        side = classifier.description.preprocessing.image_size
+        check = export_onnx(classifier.module, target, side)
+        yield (
+            f"exported {check.file}: its logits differ by at most "
+            f"{check.max_difference:.1e} from the network's"
+        )

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.data.augment import MixOptions, mix
+from pipeline.classification.augment import MixOptions, mix
 from pipeline.data.loader import Batch, BatchLoader
 from pipeline.losses.multi_stage import DRLocObjective
 from pipeline.losses.pairs import pair_generator

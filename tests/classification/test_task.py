@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from pipeline.classification.augment import AugmentOptions, MixOptions, train_transform
+from pipeline.classification.setup import build_objective
+from pipeline.classification.task import Inputs, SupervisedTask
 from pipeline.config import ClassifierConfig, DataConfig, DRLocConfig, TrainClassifierJob
-from pipeline.data.augment import AugmentOptions, MixOptions, train_transform
 from pipeline.data.loader import Batch, LoaderOptions, ShardedBatchSampler, train_loader
-from pipeline.pretraining.classifier_setup import build_objective
-from pipeline.pretraining.supervised import Inputs, SupervisedTask
 from pipeline.training.loop import Hooks, LoopSettings, LoopState, StepKey, train
 from pipeline.training.optim import build_optimizer, parameter_groups
 from pipeline.training.workers import Workers

@@ -1,12 +1,18 @@
-"""Who is taken for whom by a classifier, as PNG bytes.
+"""How often a classifier is right, counted over a whole set: accuracy, and who is taken for whom.
+
+Shape letters:  B images   K classes
+
+Who is taken for whom by a classifier, as PNG bytes.
 
 Shape letters:  K classes
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
@@ -14,9 +20,44 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
+from torch import Tensor
 
 from pipeline.drawing.figures import DPI, FAINT, INK, PALE, png, title
-from pipeline.evaluation.confusion import Confusion
+
+
+@dataclass(frozen=True, eq=False)
+class Confusion:
+    """Counts of images; rows are the true classes, columns the predicted ones."""
+
+    counts_KK: NDArray[np.int64]
+
+    @property
+    def num_images(self) -> int:
+        """All images that were looked at."""
+        return int(self.counts_KK.sum())
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the images whose class was found, in [0, 1]; NaN without images."""
+        total = self.num_images
+        return float(np.trace(self.counts_KK)) / total if total else float("nan")
+
+    @property
+    def accuracy_per_class_K(self) -> NDArray[np.float64]:
+        """Share of each class's images, in [0, 1]; NaN for a class without any."""
+        of_class_K = self.counts_KK.sum(axis=1)
+        right_K = np.diag(self.counts_KK).astype(np.float64)
+        found_K: NDArray[np.float64] = np.full(len(right_K), np.nan)
+        np.divide(right_K, of_class_K, out=found_K, where=of_class_K > 0)
+        return found_K
+
+
+def count_confusion(true_B: Tensor, predicted_B: Tensor, num_classes: int) -> Tensor:
+    """``(K, K)`` int64 counts of a batch, on its device: rows true, columns predicted."""
+    cell_B = true_B * num_classes + predicted_B
+    counts = torch.bincount(cell_B, minlength=num_classes * num_classes)
+    return counts.view(num_classes, num_classes)
+
 
 # Up to here every cell holds its number; up to there every class has its name at the axes.
 _MOST_NUMBERED, _MOST_NAMED = 14, 60

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.evaluation.confusion import Confusion, count_confusion
+from pipeline.classification.confusion import Confusion, count_confusion
 
 LABELS = st.integers(min_value=1, max_value=6).flatmap(
     lambda num_classes: st.tuples(

@@ -11,7 +11,13 @@ from timm.data import create_transform
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.mixup import Mixup
 
-from pipeline.data.augment import AugmentOptions, MixOptions, eval_transform, mix, train_transform
+from pipeline.classification.augment import (
+    AugmentOptions,
+    MixOptions,
+    eval_transform,
+    mix,
+    train_transform,
+)
 from pipeline.data.seeding import key_of, seeded
 from pipeline.errors import ConfigError
 
