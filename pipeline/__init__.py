@@ -22,6 +22,5 @@ The rooms, from the ground up (imports only go downwards; `make check` proves it
     pretraining/       a classifier's or a DINO run from settings to results (no Ray)
     detection/         the class-agnostic detector: model, training, use (no Ray)
     clustering/        crops of boxes -> classes without labels (no Ray)
-    replay/            a training step that diverged, computed again (no Ray)
     cluster/           the only room that imports Ray
 """

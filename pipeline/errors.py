@@ -13,7 +13,7 @@ A message is one line: what is wrong, the legal range, the value found, and what
 | 5 | StorageError: the output cannot be written, is taken, or is not empty |
 | 6 | TooManyBadImages: the work is complete, but more inputs failed than allowed |
 | 7 | ClusterError: Ray could not be reached, or the work died inside it |
-| 8 | TrainingDiverged: a loss or gradient is not finite; the step was kept for replaying |
+| 8 | TrainingDiverged: a loss or gradient is not finite; finished epochs are kept |
 | 9 | AllTrialsFailed: no trial of a sweep came to its end; the reasons are in its table |
 | 130, 143 | interrupted by Ctrl-C or SIGTERM; the resume command is printed |
 | 141 | who read the output went away, as `| head` does; nothing is printed |
@@ -63,7 +63,7 @@ class ClusterError(PatchseedError):
 
 
 class TrainingDiverged(PatchseedError):
-    """A loss or a gradient is not finite; finished epochs are kept, the step can be replayed."""
+    """A loss or a gradient is not finite; finished epochs are kept."""
 
     exit_code = 8
 

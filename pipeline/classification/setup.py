@@ -42,7 +42,6 @@ from pipeline.losses.multi_stage import DRLocObjective, DRLocOptions
 from pipeline.models.backbones import Weights, build_model, load_classifier_weights
 from pipeline.models.features import NORMALIZATIONS
 from pipeline.models.grid_classifier import GridClassifier
-from pipeline.runs.random_states import remember_random_states
 from pipeline.training import schedules
 from pipeline.training.loop import LoopSettings, LoopState
 from pipeline.training.optim import (
@@ -225,7 +224,6 @@ def set_up(job: TrainClassifierJob, workers: Workers) -> ClassifierSetup:
         patch_size=patch_size,
         weights=weights,
     ).to(workers.device)
-    remember_random_states(objective, job.optim.accumulate)
     if job.channels_last:
         objective = objective.to(memory_format=torch.channels_last)
     if job.compile:

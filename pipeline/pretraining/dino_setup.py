@@ -17,7 +17,6 @@ from pipeline.models.backbones import Weights, build_vit, load_weights
 from pipeline.models.checkpoints import PICKLED
 from pipeline.models.dino_network import DINONetwork
 from pipeline.pretraining.dino import DINOObjective, DINOTask
-from pipeline.runs.random_states import remember_random_states
 from pipeline.training import schedules
 from pipeline.training.loop import LoopSettings, LoopState
 from pipeline.training.optim import build_optimizer, parameter_groups, scaled_lr
@@ -56,7 +55,6 @@ def set_up(job: PretrainDinoJob, workers: Workers) -> DINOSetup:
     )
     weights = _starting_weights(job)
     objective = build_objective(job, weights).to(workers.device)
-    remember_random_states(objective, job.optim.accumulate)
     kept = preload(images, job.crops.source_side, limit_mib=job.cache_mib)
     loader = train_loader(
         kept,

@@ -8,7 +8,6 @@
         figures/           curves and the confusion matrix
         summary.json       the results; written last: a run that has it is finished
         fault.json         why it cannot go on, where a worker found that out
-        step_fault/        a step that diverged (runs/step_fault.py keeps it, replay/ repeats it)
 
 The folder's name ends in a hash of all that decides the weights. So the same command finds its run
 again and goes on with it, and two different runs never meet.

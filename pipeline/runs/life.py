@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 from pipeline.config import TrainingJob, flatten
 from pipeline.data.pseudo_labels import config_hash
@@ -25,9 +25,8 @@ from pipeline.runs.record import (
     log_results,
     open_tracker,
 )
-from pipeline.runs.step_fault import keep_fault
 from pipeline.tracking.tracker import OFF, NoTracker, Tracker
-from pipeline.training.loop import Hooks, LoopSettings, LoopState, StepFault, Task, train
+from pipeline.training.loop import Hooks, LoopSettings, LoopState, Task, train
 from pipeline.training.workers import Workers
 
 
@@ -66,9 +65,6 @@ class Setup(Protocol):
 class TrainingRun:
     """A run while it trains: what happens after each epoch, and at the end."""
 
-    kind: ClassVar[str]
-    """By which a step that it kept is read (replay/kinds.py)."""
-
     job: Any
     folder: RunFolder
     workers: Workers
@@ -96,7 +92,6 @@ class TrainingRun:
         return Hooks(
             on_epoch_end=self._after_epoch,
             on_step=self.record.on_step if self.record else lambda key, num_images: None,
-            on_fault=self._keep_fault,
         )
 
     def train(self) -> dict[str, Any]:
@@ -119,10 +114,6 @@ class TrainingRun:
             state = {"loop": self.setup.state.state_dict(), "history": self.record.history}
             self.folder.checkpoints.save(epoch, state, score=score)
         self.outside.report(numbers)
-
-    def _keep_fault(self, fault: StepFault) -> str:
-        objective = self.setup.state.objective
-        return keep_fault(fault, self.kind, self.job, self.folder, objective, self.workers)
 
     def publish(
         self, summary: Mapping[str, Any], figures: Mapping[str, bytes], tracker: Tracker

@@ -165,8 +165,8 @@ class Hooks:
     on_step: Callable[[StepKey, int], None] = lambda key, num_images: None
     """After each step, with the images of the global batch: for progress."""
 
-    on_fault: Callable[[StepFault], str] = lambda fault: "nothing was kept of it"
-    """Keeps what replays the step; says where."""
+    on_fault: Callable[[StepFault], str] = lambda fault: ""
+    """More to tell of a step that ends the training, as a sentence."""
 
     before_update: Callable[[StepKey], None] = lambda key: None
     """When a step's gradient is whole and not yet clipped; what must not learn loses it here."""
@@ -299,7 +299,7 @@ def _diverged(fault: StepFault, precision: str, kept: str) -> str:
     return (
         f"loss or gradient is not finite at epoch {fault.key.epoch + 1}, step {fault.key.step} "
         f"({shown}); lower --optim.lr{wider}. {kept}"
-    )
+    ).rstrip()
 
 
 def _autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:

@@ -131,9 +131,6 @@ def test_a_loss_that_is_not_finite_ends_ray_workers_at_once_with_code_8(
     assert done.returncode == 8, done.stderr
     (line,) = done.stderr.strip().splitlines()[-1:]
     assert line.startswith("TrainingDiverged: loss or gradient is not finite at epoch")
-    kept = training.run_folder(tmp_path / "nan") / "step_fault" / "rank_0000.pt"
-    assert kept.exists()
-    assert str(kept) in line
 
 
 def test_more_workers_than_cores_are_refused_with_the_remedy(
