@@ -37,10 +37,10 @@ from benchmarks.training_ways import LoopTraining, RepeatedBatch, plant_pictures
 from benchmarks.training_workers import Job, ray_against_plain, two_against_one
 from pipeline.config import PretrainDinoJob
 from pipeline.config.pretraining import presets
-from pipeline.data.multi_crop import NUM_GLOBAL, MultiCropOptions, draw_views, make_views
 from pipeline.losses.dino import dino_loss
-from pipeline.pretraining.dino import Crops
-from pipeline.pretraining.dino_setup import build_objective, set_up
+from pipeline.pretraining.setup import build_objective, set_up
+from pipeline.pretraining.task import Crops
+from pipeline.pretraining.views import NUM_GLOBAL, MultiCropOptions, draw_views, make_views
 from pipeline.training.loop import AUTOCAST, Hooks, StepKey
 from pipeline.training.workers import Workers
 

@@ -31,8 +31,8 @@ from pipeline.evaluation.corloc import (
 )
 from pipeline.labelling import Method, Provenance, PseudoBoxLabeller
 from pipeline.models.backbones import build_backbone, build_vit, load_weights
-from pipeline.models.dino_network import DINONetwork
-from pipeline.pretraining.dino_probe import BoxProbe, neighbour_accuracy, read_box_probe
+from pipeline.pretraining.network import DINONetwork
+from pipeline.pretraining.probe import BoxProbe, neighbour_accuracy, read_box_probe
 
 NANO, SHIPPED, SUPERVISED = "vit_nano_patch8", "vit_nano_patch8.dino", "vit_tiny_patch16_224"
 

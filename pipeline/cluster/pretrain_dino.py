@@ -8,7 +8,7 @@ import safetensors.torch
 from pipeline.cluster.training import run_training, say
 from pipeline.config import PretrainDinoJob
 from pipeline.models.exported_backbone import WEIGHTS, write_backbone
-from pipeline.pretraining.dino_run import pretrain_dino_here
+from pipeline.pretraining.run import pretrain_dino_here
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.places import require_places, with_absolute_places
 from pipeline.storage import Location

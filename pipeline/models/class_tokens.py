@@ -1,7 +1,7 @@
 """The class token of a plain ViT after its last norm, at any image size: one vector per image.
 
 Positions are interpolated by DINO's own formula, as for patch features. What DINO trains
-(``dino_network.py``) and what compares whole images or crops use the same function.
+(``pretraining/network.py``) and what compares whole images or crops use the same function.
 
 Shape letters:  B images   H, W pixels   N tokens   D channels
 """

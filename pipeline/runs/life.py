@@ -1,7 +1,7 @@
 """What every training run goes through, whatever it learns: its tracker, its past, its end.
 
 Rank 0 alone writes; all read the same folder. A kind of run is a ``TrainingRun`` with its own
-``kind``, ``look`` and ``finish`` (classification/run.py, dino_run.py).
+``kind``, ``look`` and ``finish`` (classification/run.py, pretraining/run.py).
 """
 
 import platform

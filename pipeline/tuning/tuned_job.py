@@ -47,7 +47,7 @@ _KINDS = {
 
 TRAINED = {
     "classifier": ("pipeline.classification.run", "train_classifier_here"),
-    "dino": ("pipeline.pretraining.dino_run", "pretrain_dino_here"),
+    "dino": ("pipeline.pretraining.run", "pretrain_dino_here"),
     "detector": ("pipeline.detection.run", "train_detector_here"),
 }
 """Where each job's run on one worker is found; imported late, for it takes seconds."""

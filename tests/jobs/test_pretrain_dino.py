@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from pipeline.config import PretrainDinoJob
 from pipeline.data.pseudo_labels import read_labels, read_manifest
 from pipeline.models.backbones import build_vit, load_weights
-from pipeline.pretraining.dino_setup import build_objective
+from pipeline.pretraining.setup import build_objective
 from pipeline.scenes.scenes import write_collection
 from pipeline.storage import Location
 from tests.conftest import ROOT

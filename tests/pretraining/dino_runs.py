@@ -16,10 +16,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from pipeline.data.loader import LoaderOptions, ShardedBatchSampler, train_loader
-from pipeline.data.multi_crop import MultiCropOptions
-from pipeline.data.unlabelled import random_square
-from pipeline.models.dino_network import DINONetwork
-from pipeline.pretraining.dino import DINOObjective, DINOTask
+from pipeline.pretraining.images import random_square
+from pipeline.pretraining.network import DINONetwork
+from pipeline.pretraining.task import DINOObjective, DINOTask
+from pipeline.pretraining.views import MultiCropOptions
 from pipeline.training.loop import Hooks, LoopSettings, LoopState, StepKey, train
 from pipeline.training.optim import Kind, build_optimizer, parameter_groups
 from pipeline.training.schedules import cosine

@@ -9,8 +9,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
-from pipeline.models.dino_network import DINONetwork
 from pipeline.models.dino_vit import interpolate_positions
+from pipeline.pretraining.network import DINONetwork
 
 SMALL: dict[str, Any] = {
     "patch_size": 4,

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.data.loader import Batch
-from pipeline.data.multi_crop import MultiCropOptions
-from pipeline.pretraining.dino import Crops, DINOObjective, DINOTask
+from pipeline.pretraining.task import Crops, DINOObjective, DINOTask
+from pipeline.pretraining.views import MultiCropOptions
 from pipeline.training.loop import StepKey
 from pipeline.training.workers import Workers
 from tests.losses.slow_dino import slow_terms

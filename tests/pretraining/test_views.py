@@ -13,8 +13,8 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as one
 
-from pipeline.data.multi_crop import MultiCropOptions, Views, draw_views, make_views
 from pipeline.errors import ConfigError
+from pipeline.pretraining.views import MultiCropOptions, Views, draw_views, make_views
 
 SIZE = (52, 44)
 SMALL = MultiCropOptions(num_local=3, global_size=32, local_size=20)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.dino_head import DINOHead
+from pipeline.pretraining.network import DINOHead
 
 SMALL: dict[str, Any] = {"hidden_dim": 7, "bottleneck_dim": 5}
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.evaluation.knn import knn_accuracy
+from pipeline.pretraining.probe import knn_accuracy
 
 
 def slow_accuracy(

@@ -10,13 +10,13 @@ import torch
 from pipeline.config import PretrainDinoJob
 from pipeline.data.labelled_images import LabelledImages
 from pipeline.data.loader import LoaderOptions, num_loaders, train_loader
-from pipeline.data.multi_crop import MultiCropOptions
 from pipeline.data.sharding import ShardedBatchSampler
-from pipeline.data.unlabelled import preload, random_square, read_unlabelled
 from pipeline.models.backbones import Weights, build_vit, load_weights
 from pipeline.models.checkpoints import PICKLED
-from pipeline.models.dino_network import DINONetwork
-from pipeline.pretraining.dino import DINOObjective, DINOTask
+from pipeline.pretraining.images import preload, random_square, read_unlabelled
+from pipeline.pretraining.network import DINONetwork
+from pipeline.pretraining.task import DINOObjective, DINOTask
+from pipeline.pretraining.views import MultiCropOptions
 from pipeline.training import schedules
 from pipeline.training.loop import LoopSettings, LoopState
 from pipeline.training.optim import build_optimizer, parameter_groups, scaled_lr

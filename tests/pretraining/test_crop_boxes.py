@@ -6,7 +6,7 @@ from scipy.stats import ks_2samp
 from torch import Tensor
 from torchvision.transforms.v2 import RandomResizedCrop
 
-from pipeline.data.crop_boxes import draw_boxes
+from pipeline.pretraining.views import draw_boxes
 
 
 def boxes(

@@ -6,8 +6,8 @@ from typing import Any
 
 from pipeline.config import PretrainDinoJob
 from pipeline.models.exported_backbone import write_backbone
-from pipeline.pretraining.dino_probe import Probes, read_probes
-from pipeline.pretraining.dino_setup import DINOSetup, set_up
+from pipeline.pretraining.probe import Probes, read_probes
+from pipeline.pretraining.setup import DINOSetup, set_up
 from pipeline.runs.curves import curves_picture
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.life import (

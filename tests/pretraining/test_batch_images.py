@@ -6,7 +6,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as one
 
-from pipeline.data.batch_geometry import (
+from pipeline.pretraining.batch_images import (
     blur_matrix,
     mirrored,
     mix_rows_and_columns,

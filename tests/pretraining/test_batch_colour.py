@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.transforms.v2 import functional as one
 
-from pipeline.data.batch_colour import (
+from pipeline.pretraining.batch_images import (
     adjust_brightness,
     adjust_contrast,
     adjust_hue,

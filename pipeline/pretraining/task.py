@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.data.loader import Batch, BatchLoader
-from pipeline.data.multi_crop import MultiCropOptions, draw_views, make_views
 from pipeline.data.seeding import key_of
 from pipeline.losses.dino import Center, dino_loss
-from pipeline.models.dino_network import DINONetwork
+from pipeline.pretraining.network import DINONetwork
+from pipeline.pretraining.views import MultiCropOptions, draw_views, make_views
 from pipeline.training.loop import Losses, Part, StepKey
 from pipeline.training.workers import Workers
 

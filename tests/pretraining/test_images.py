@@ -18,7 +18,8 @@ from torch import Tensor
 from pipeline.data.labelled_images import LabelledImages
 from pipeline.data.loader import LoaderOptions, ShardedBatchSampler, train_loader
 from pipeline.data.seeding import seeded
-from pipeline.data.unlabelled import (
+from pipeline.errors import ConfigError, DataError
+from pipeline.pretraining.images import (
     Joined,
     Preloaded,
     preload,
@@ -26,7 +27,6 @@ from pipeline.data.unlabelled import (
     read_unlabelled,
     shrink,
 )
-from pipeline.errors import ConfigError, DataError
 from tests.data.labelled import greys, names
 from tests.data.pictures import Pixels, encode
 

@@ -8,10 +8,24 @@ are cropped from each image, then varied in colour, blurred and solarised.
 ``draw_views`` draws all random numbers of a batch, ``make_views`` draws none. So workers that draw
 for the whole batch and make their own ``rows`` of it see what one worker alone would have seen.
 To add a step: its numbers to ``MultiCropOptions``, its draws to ``Views`` and ``draw_views``, its
-function to ``batch_colour.py`` or ``batch_geometry.py``, its turn in ``_make``.
+function to ``pretraining/batch_images.py`` or ``pretraining/batch_images.py``, its turn in ``_make``.
 
 Shape letters:  B images   V views of an image, the global ones first   H, W rows and columns in
                 pixels   S side of a view   4 (x0, y0, width, height) or the four adjustments
+
+How often and how far the views of an image may differ: the numbers of DINO's augmentation.
+
+To add one: a field here with its range in ``__post_init__``; who draws with it is ``draw_views`` in
+``pipeline/pretraining/views.py``.
+
+Where random resized crops lie: boxes for many crops at once.
+
+The rule is torchvision's ``RandomResizedCrop``: share of the area uniform, ratio of the sides
+log-uniform, up to ten tries for a box that lies inside the image, else the largest central box of
+a legal ratio. Here all ten are drawn, whether they are needed or not, so that the draws of one crop
+do not depend on another's. Another rule: a function that returns ``box_BV4``.
+
+Shape letters:  B images   V crops of an image   T tries   4 (x0, y0, width, height)
 """
 
 import dataclasses
@@ -23,22 +37,153 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from pipeline.data.batch_colour import (
+from pipeline.errors import ConfigError
+from pipeline.pretraining.batch_images import (
     adjust_brightness,
     adjust_contrast,
     adjust_hue,
     adjust_saturation,
-    solarize,
-    to_gray,
-)
-from pipeline.data.batch_geometry import (
     blur_matrix,
     mirrored,
     mix_rows_and_columns,
     resampling_matrix,
+    solarize,
+    to_gray,
 )
-from pipeline.data.crop_boxes import draw_boxes
-from pipeline.data.multi_crop_options import MultiCropOptions
+
+_TRIES = 10
+
+
+def draw_boxes(
+    num_images: int,
+    scale_V2: Tensor,
+    *,
+    size: tuple[int, int],
+    ratio: tuple[float, float],
+    generator: torch.Generator,
+) -> Tensor:
+    """Boxes in whole pixels: ``(B, V, 4)`` int64 on the CPU, left, top, width, height.
+
+    Args:
+        num_images: B.
+        scale_V2: least and largest share of the image's area, per crop.
+        size: height and width of the images in pixels.
+        ratio: least and largest width divided by height.
+        generator: of the CPU.
+    """
+    height, width = size
+    tries = (num_images, len(scale_V2), _TRIES)
+    # float64: rounding must never make a share of 1, or the last place, larger than the image.
+    share_BVT, place_BVT, left_BVT, top_BVT = torch.rand(
+        (4, *tries), generator=generator, dtype=torch.float64
+    )
+    least_V1, largest_V1 = scale_V2.double()[:, :1], scale_V2.double()[:, 1:]
+    area_BVT = (least_V1 + (largest_V1 - least_V1) * share_BVT) * (height * width)
+    log_ratio = math.log(ratio[0]), math.log(ratio[1])
+    ratio_BVT = torch.exp(log_ratio[0] + (log_ratio[1] - log_ratio[0]) * place_BVT)
+    width_BVT = (area_BVT * ratio_BVT).sqrt().round()
+    height_BVT = (area_BVT / ratio_BVT).sqrt().round()
+    fits_BVT = (width_BVT >= 1) & (width_BVT <= width) & (height_BVT >= 1) & (height_BVT <= height)
+    x0_BVT = (left_BVT * (width - width_BVT + 1)).floor()
+    y0_BVT = (top_BVT * (height - height_BVT + 1)).floor()
+    box_BVT4 = torch.stack([x0_BVT, y0_BVT, width_BVT, height_BVT], dim=-1).long()
+    # argmax finds the first of several.
+    first_BV = fits_BVT.to(torch.uint8).argmax(dim=2)
+    box_BV4 = box_BVT4.gather(2, first_BV[..., None, None].expand(-1, -1, 1, 4))[:, :, 0]
+    return torch.where(fits_BVT.any(dim=2)[..., None], box_BV4, _central_box(size, ratio))
+
+
+def _central_box(size: tuple[int, int], ratio: tuple[float, float]) -> Tensor:
+    """The largest box in the middle whose ratio is legal: ``(4,)``."""
+    height, width = size
+    box_width = min(width, max(1, round(height * ratio[1])))
+    box_height = min(height, max(1, round(width / ratio[0])))
+    return torch.tensor(
+        [(width - box_width) // 2, (height - box_height) // 2, box_width, box_height]
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiCropOptions:
+    """How views are drawn; defaults of DINO.
+
+    Raises:
+        ConfigError: a value outside its legal range.
+    """
+
+    num_local: int = 8
+    """Local views beside the two global ones."""
+
+    global_size: int = 224
+    """Side in pixels of a global view."""
+
+    local_size: int = 96
+    """Side in pixels of a local view."""
+
+    global_scale: tuple[float, float] = (0.4, 1.0)
+    """Share of the image's area that a global view shows."""
+
+    local_scale: tuple[float, float] = (0.05, 0.4)
+    """Share of the image's area that a local view shows."""
+
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Width divided by height of what a view shows."""
+
+    hflip: float = 0.5
+    """Probability of a mirrored view."""
+
+    jitter_prob: float = 0.8
+    """Probability that the four adjustments below are made, in random order."""
+
+    brightness: float = 0.4
+    """Factors lie in [1 - brightness, 1 + brightness]; contrast and saturation likewise."""
+
+    contrast: float = 0.4
+    saturation: float = 0.2
+
+    hue: float = 0.1
+    """Hues turn by up to this share of the colour circle either way."""
+
+    gray_prob: float = 0.2
+    """Probability of a view without colours."""
+
+    blur_prob: tuple[float, float, float] = (1.0, 0.1, 0.5)
+    """Of the first global view, the second, and each local one; ``solarize_prob`` likewise."""
+
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Standard deviation of the blur in pixels of the view."""
+
+    solarize_prob: tuple[float, float, float] = (0.0, 0.2, 0.0)
+
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        """Check every number; ranges that follow from another one are checked with it."""
+        for name in ("global_size", "local_size"):
+            _check(name, getattr(self, name) >= 1, "at least 1", getattr(self, name))
+        _check("num_local", self.num_local >= 0, "at least 0", self.num_local)
+        for name in ("global_scale", "local_scale"):
+            low, high = getattr(self, name)
+            _check(name, 0 < low <= high <= 1, "an ascending pair in (0, 1]", (low, high))
+        for name in ("ratio", "blur_sigma"):
+            low, high = getattr(self, name)
+            _check(name, 0 < low <= high < math.inf, "an ascending positive pair", (low, high))
+        for name in ("hflip", "jitter_prob", "gray_prob", "blur_prob", "solarize_prob"):
+            value = getattr(self, name)
+            chances = value if isinstance(value, tuple) else (value,)
+            _check(name, all(0 <= chance <= 1 for chance in chances), "in [0, 1]", value)
+        for name in ("brightness", "contrast", "saturation"):
+            value = getattr(self, name)
+            _check(name, 0 <= value < math.inf, "at least 0", value)
+        _check("hue", 0 <= self.hue <= 0.5, "in [0, 0.5]", self.hue)
+        _check("std", all(value > 0 for value in self.std), "positive", self.std)
+
+
+def _check(name: str, legal: bool, expected: str, found: object) -> None:
+    if not legal:
+        raise ConfigError(f"{name} must be {expected}, got {found}: change it")
+
 
 __all__ = ["NUM_GLOBAL", "MultiCropOptions", "Views", "draw_views", "make_views"]
 
