@@ -49,8 +49,8 @@ from pipeline.config.detection import DetectComputeConfig, DetectImagesConfig
 from pipeline.data.label_rows import decoded_images
 from pipeline.data.lake import Collection
 from pipeline.data.pixels import load_pixels
-from pipeline.detecting import METHOD, DetectionLabeller
 from pipeline.detection.c4 import BackboneName
+from pipeline.detection.labeller import METHOD, DetectionLabeller
 from pipeline.detection.options import Kind
 from pipeline.models.inference import in_precision
 from pipeline.training.workers import Workers

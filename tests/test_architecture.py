@@ -20,7 +20,7 @@ RAY_FREE = [
     "pipeline.pretraining.views",
     "pipeline.data.pixels",
     "pipeline.scenes.scenes",
-    "pipeline.data.box_batches",
+    "pipeline.detection.box_loader",
     "pipeline.detection.detector",
     "pipeline.detection.predictor",
     "pipeline.evaluation.evaluate",

@@ -75,8 +75,6 @@ def train_classifier_here(
 class _Run(TrainingRun):
     """Validation, and the model of the best epoch at the end."""
 
-    kind = KIND
-
     job: TrainClassifierJob
     setup: ClassifierSetup
 

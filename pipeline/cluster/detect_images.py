@@ -9,8 +9,8 @@ from pipeline.cluster.bulk_job import ImageList, Work, run_bulk_job
 from pipeline.cluster.recipes import DetectedBoxes
 from pipeline.config import DetectJob
 from pipeline.data.lake import Collection, TableImages
-from pipeline.detecting import method_of
 from pipeline.detection.exported_detector import StoredDetector, read_detector
+from pipeline.detection.labeller import method_of
 from pipeline.errors import ConfigError
 from pipeline.storage import Location
 

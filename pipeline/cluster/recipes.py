@@ -12,8 +12,8 @@ import torch
 
 from pipeline.config import BackboneConfig
 from pipeline.data.label_rows import Provenance
-from pipeline.detecting import DetectionLabeller
 from pipeline.detection.exported_detector import StoredDetector
+from pipeline.detection.labeller import DetectionLabeller
 from pipeline.detection.predictor import Predictor
 from pipeline.labelling import Method, PseudoBoxLabeller
 from pipeline.models.backbones import Weights, build_backbone

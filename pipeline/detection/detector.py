@@ -19,12 +19,11 @@ from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from pipeline.detection.anchors import FixedStrideAnchors
 from pipeline.detection.c4 import PYRAMID_CHANNELS, STRIDES, Res5Head, ResNetPlan, Trunk
 from pipeline.detection.c4 import pyramid as build_pyramid
 from pipeline.detection.heads import AlignedPool, BoxHeads, BoxPredictor, LossRules
 from pipeline.detection.options import FPN_STRIDES, DetectorOptions, default_options
-from pipeline.detection.proposals import ProposalHead, ProposalNetwork
+from pipeline.detection.proposals import FixedStrideAnchors, ProposalHead, ProposalNetwork
 from pipeline.detection.timm_pyramid import TIMM, TimmPyramid
 from pipeline.models.checkpoints import fit_state_dict
 from pipeline.models.features import NORMALIZATIONS

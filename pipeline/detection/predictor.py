@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.boxes import clip, rescale
-from pipeline.data.box_transform import BoxTransform, resized_size
 from pipeline.data.labelled_images import decode_rgb
+from pipeline.detection.box_transform import BoxTransform, resized_size
 from pipeline.detection.detector import Detector
 from pipeline.evaluation.predictions import Detections
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config import TrainDetectorJob
-from pipeline.data.box_transform import fixed_size
 from pipeline.detection.batch_norm import precise_bn
+from pipeline.detection.box_transform import fixed_size
 from pipeline.detection.detector import Detector
 from pipeline.detection.exported_detector import TestSize, write_detector
 from pipeline.detection.predictor import Predictor
@@ -65,8 +65,6 @@ def train_detector_here(
 @dataclass
 class _Run(TrainingRun):
     """Probes, and the detector written at the end; an epoch is a window of steps."""
-
-    kind = KIND
 
     job: TrainDetectorJob
     setup: DetectorSetup

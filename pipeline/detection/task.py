@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pipeline.data.box_batches import BoxBatch, BoxLoader
-from pipeline.data.box_samples import BoxSample
+from pipeline.detection.box_loader import BoxBatch, BoxLoader, BoxSample
 from pipeline.detection.detector import Detector
 from pipeline.training.loop import Losses, Part, StepKey
 from pipeline.training.workers import Workers

@@ -58,8 +58,6 @@ def pretrain_dino_here(
 class _Run(TrainingRun):
     """Probes, and the teacher written at the end."""
 
-    kind = KIND
-
     job: PretrainDinoJob
     setup: DINOSetup
     probes: Probes | None

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchvision.models.detection.image_list import ImageList
 
-from pipeline.detection.anchors import FixedStrideAnchors
+from pipeline.detection.proposals import FixedStrideAnchors
 
 
 def slow_anchors(

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.box_sampler import BoxKey, BucketBatchSampler
 from pipeline.data.seeding import key_of
+from pipeline.detection.box_sampler import BoxKey, BucketBatchSampler
 from pipeline.errors import ConfigError, DataError
 
 

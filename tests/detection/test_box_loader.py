@@ -14,20 +14,22 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.data.box_batches import BoxLoader, eval_box_loader, train_box_loader
-from pipeline.data.box_sampler import BucketBatchSampler
-from pipeline.data.box_samples import (
+from pipeline.data.labelled_images import decode_rgb
+from pipeline.data.loader import LoaderOptions, pack, unpack
+from pipeline.detection.box_loader import (
     BoxBatch,
+    BoxLoader,
     BoxSample,
     BoxTable,
     BoxTransform,
+    eval_box_loader,
     fixed_size,
     pack_samples,
     read_box_table,
+    train_box_loader,
 )
-from pipeline.data.box_transform import resized_size
-from pipeline.data.labelled_images import decode_rgb
-from pipeline.data.loader import LoaderOptions, pack, unpack
+from pipeline.detection.box_sampler import BucketBatchSampler
+from pipeline.detection.box_transform import resized_size
 from pipeline.errors import DataError
 from pipeline.storage import Location
 from tests.data.pictures import encode

@@ -12,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.boxes import pairwise_iou
-from pipeline.data.box_merge import merge_boxes
-from pipeline.data.box_table import BoxTable, TableSource, read_box_table
 from pipeline.data.labelled_images import PackedBytes
+from pipeline.detection.box_table import BoxTable, TableSource, merge_boxes, read_box_table
 from pipeline.errors import DataError
 from tests.tables import Row, label_row, write_table
 
@@ -232,7 +231,7 @@ def test_many_images_are_merged_in_chunks_alike(monkeypatch: pytest.MonkeyPatch)
         return {f"{n:04}": boxes[n, : 1 + n % 3].tolist() for n in range(count)}
 
     first, found = images(300), images(200)
-    monkeypatch.setattr("pipeline.data.box_merge._CHUNK", 7)
+    monkeypatch.setattr("pipeline.detection.box_table._CHUNK", 7)
     merged = merge_boxes(table_of(first, score=1), table_of(found, score=0.5))
     assert rows_of(merged) == slow_merge(first, found, 0.5)
 

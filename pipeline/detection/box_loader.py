@@ -4,10 +4,15 @@ Each image is read, held against the size its boxes were made for, and augmented
 so neither loader processes nor workers change a number. Images of a batch differ in size: they
 travel in one flat array, because every tensor that crosses processes costs an open file.
 
-The table is in ``box_table.py``, the order in ``box_sampler.py``, the augmentation in
-``box_transform.py``, the loaders in ``box_batches.py``.
+The table is in ``detection/box_table.py``, the order in ``detection/box_sampler.py``, the augmentation in
+``detection/box_transform.py``, the loaders in ``detection/box_loader.py``.
 
 Shape letters:  B images   N boxes of an image   M boxes of a batch   H, W rows and columns
+
+Batches of images with boxes for one worker; the detector's counterpart of ``data/loader.py``.
+
+Loader processes, pinned memory, warnings of unreadable files and the limit on them are those of
+``batches.EpochLoader``. What a batch is: ``detection/box_loader.py``; which images: ``detection/box_sampler.py``.
 """
 
 import random
@@ -19,14 +24,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pipeline.data.box_merge import merge_boxes
-from pipeline.data.box_sampler import BoxKey, BucketBatchSampler
-from pipeline.data.box_table import BoxTable, TableSource, read_box_table
-from pipeline.data.box_transform import BoxTransform, fixed_size
 from pipeline.data.labelled_images import LabelledImages, decode_rgb, printable
-from pipeline.data.loader import Fault, Packed, pack, unpack
+from pipeline.data.loader import EpochLoader, Fault, LoaderOptions, Packed, pack, unpack
 from pipeline.data.seeding import key_of
 from pipeline.data.sources import ReadFault, fetch_bytes
+from pipeline.detection.box_sampler import BoxKey, BucketBatchSampler
+from pipeline.detection.box_table import BoxTable, TableSource, merge_boxes, read_box_table
+from pipeline.detection.box_transform import BoxTransform, fixed_size
 from pipeline.errors import DataError
 
 __all__ = [
@@ -266,3 +270,44 @@ def read_image(table: BoxTable, index: int, data: bytes | ReadFault) -> Image.Im
             "again"
         )
     return image
+
+
+__all__ = ["BoxBatch", "BoxLoader", "LoaderOptions", "eval_box_loader", "train_box_loader"]
+
+
+class BoxLoader(EpochLoader[BoxBatch]):
+    """An epoch of batches per iteration; unreadable files are warned of once each, with name.
+
+    Iterating raises DataError where too many images cannot be read, or one is not the file that
+    the boxes were made of.
+    """
+
+
+def train_box_loader(
+    table: BoxTable, transform: BoxTransform, *, sampler: BucketBatchSampler, options: LoaderOptions
+) -> BoxLoader:
+    """The worker's batches of an epoch, in the order of ``sampler``.
+
+    An image that cannot be read is replaced by the next one of its orientation, under its own key.
+    """
+    samples = BoxSamples(table, transform, sampler=sampler)
+    num_samples = len(sampler) * sampler.num_local
+    return BoxLoader(samples, sampler, num_samples=num_samples, options=options)
+
+
+def eval_box_loader(
+    table: BoxTable,
+    transform: BoxTransform,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    options: LoaderOptions,
+) -> BoxLoader:
+    """Every image once over all workers: worker r has images r, r + world_size, and so on.
+
+    ``batch_size`` is the worker's own, and so is ``num_global``. An unreadable image is left out.
+    """
+    mine = [(0, index, index) for index in range(rank, len(table), world_size)]
+    batches = [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]
+    return BoxLoader(BoxSamples(table, transform), batches, num_samples=len(mine), options=options)

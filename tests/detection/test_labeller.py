@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.data.box_transform import fixed_size
 from pipeline.data.label_rows import Provenance
 from pipeline.data.pixels import load_pixels
 from pipeline.data.pseudo_labels import SCHEMA
-from pipeline.detecting import DetectionLabeller, method_of
+from pipeline.detection.box_transform import fixed_size
 from pipeline.detection.detector import Detector, build_detector, default_options
+from pipeline.detection.labeller import DetectionLabeller, method_of
 from pipeline.detection.predictor import Predictor
 
 DECODE: dict[str, Any] = {
