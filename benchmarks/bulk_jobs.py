@@ -9,9 +9,9 @@ import pyarrow as pa
 from pipeline.cluster.label_blocks import LabelPlan, label_blocks
 from pipeline.cluster.recipes import Recipe
 from pipeline.config import ComputeConfig, ImagesConfig
-from pipeline.data.label_pass import LabelPass
-from pipeline.data.label_rows import Provenance
 from pipeline.data.lake import INPUT_SCHEMA
+from pipeline.labelling.rows import Provenance
+from pipeline.labelling.run import LabelPass
 from pipeline.storage import Location
 
 

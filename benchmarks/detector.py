@@ -46,12 +46,12 @@ from benchmarks.rounds import Ratio, print_and_keep, ratio, take_turns
 from benchmarks.training_workers import ray_against_plain
 from pipeline.cluster.recipes import DetectedBoxes
 from pipeline.config.detection import DetectComputeConfig, DetectImagesConfig
-from pipeline.data.label_rows import decoded_images
 from pipeline.data.lake import Collection
 from pipeline.data.pixels import load_pixels
 from pipeline.detection.c4 import BackboneName
 from pipeline.detection.labeller import METHOD, DetectionLabeller
 from pipeline.detection.options import Kind
+from pipeline.labelling.rows import decoded_images
 from pipeline.models.inference import in_precision
 from pipeline.training.workers import Workers
 

@@ -25,8 +25,6 @@ from benchmarks.training_ways import LoopTraining, RepeatedBatch
 from benchmarks.training_workers import Job
 from pipeline.config import TrainDetectorJob
 from pipeline.data.ground_truth import read_coco
-from pipeline.data.label_rows import Provenance
-from pipeline.data.label_run import open_run
 from pipeline.data.pseudo_labels import SCHEMA
 from pipeline.detection.c4 import STRIDES, BackboneName
 from pipeline.detection.detector import Detector, build_detector
@@ -34,6 +32,8 @@ from pipeline.detection.exported_detector import StoredDetector, TestSize
 from pipeline.detection.options import DetectorOptions, Kind, default_options
 from pipeline.detection.setup import set_up
 from pipeline.detection.task import canvas_of, inputs_of
+from pipeline.labelling.rows import Provenance
+from pipeline.labelling.run import open_run
 from pipeline.models.inference import Precision
 from pipeline.scenes.scenes import write_collection
 from pipeline.storage import Location

@@ -23,7 +23,7 @@ from pipeline.data.ground_truth import read_coco
 from pipeline.data.lake import Collection
 from pipeline.data.pixels import load_pixels, pixels_of_row
 from pipeline.evaluation.corloc import best_ious, corloc
-from pipeline.labelling import Image, Method, Provenance, PseudoBoxLabeller
+from pipeline.labelling.labeller import Image, Method, Provenance, PseudoBoxLabeller
 from pipeline.localization.localize import localize
 from pipeline.models.backbones import build_backbone, load_weights
 from pipeline.storage import Location

@@ -32,7 +32,7 @@ from pipeline.cluster.recipes import PseudoBoxes
 from pipeline.config import BackboneConfig, ComputeConfig, ImagesConfig
 from pipeline.data.lake import Collection
 from pipeline.data.pixels import load_pixels, pixels_of_row
-from pipeline.labelling import Method, Provenance, PseudoBoxLabeller
+from pipeline.labelling.labeller import Method, Provenance, PseudoBoxLabeller
 from pipeline.localization.localize import localize
 from pipeline.models.backbones import Weights, build_backbone, load_weights
 from pipeline.models.features import NORMALIZATIONS, PatchFeatures, normalize_and_pad

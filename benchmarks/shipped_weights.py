@@ -29,7 +29,7 @@ from pipeline.evaluation.corloc import (
     interval_95,
     resampled_rates,
 )
-from pipeline.labelling import Method, Provenance, PseudoBoxLabeller
+from pipeline.labelling.labeller import Method, Provenance, PseudoBoxLabeller
 from pipeline.models.backbones import build_backbone, build_vit, load_weights
 from pipeline.pretraining.network import DINONetwork
 from pipeline.pretraining.probe import BoxProbe, neighbour_accuracy, read_box_probe

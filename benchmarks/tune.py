@@ -24,10 +24,10 @@ from pipeline.cluster.session import ray_session
 from pipeline.cluster.tune_trials import run_with_ray
 from pipeline.config import LabelJob
 from pipeline.config.tuning import TuneJob
-from pipeline.data.label_rows import Provenance
 from pipeline.data.lake import Collection
 from pipeline.data.pixels import load_pixels
-from pipeline.labelling import Method, PseudoBoxLabeller
+from pipeline.labelling.labeller import Method, PseudoBoxLabeller
+from pipeline.labelling.rows import Provenance
 from pipeline.models.backbones import build_backbone, load_weights
 from pipeline.scenes.scenes import write_collection
 from pipeline.storage import Location

@@ -18,7 +18,7 @@ The rooms, from the ground up (imports only go downwards; `make check` proves it
     runs/places.py          what a job reads: made absolute, and looked for in time
     tracking_reader.py recorded runs, read back
     compare_runs.py    runs -> the paired table
-    labelling.py       a batch of images -> rows of the table (no Ray)
+    labelling/labeller.py       a batch of images -> rows of the table (no Ray)
     pretraining/       a classifier's or a DINO run from settings to results (no Ray)
     detection/         the class-agnostic detector: model, training, use (no Ray)
     clustering/        crops of boxes -> classes without labels (no Ray)

@@ -27,7 +27,7 @@ from pipeline.drawing.images import (
     similarity_panel,
 )
 from pipeline.errors import WeightsError
-from pipeline.labelling import Method, Provenance, PseudoBoxLabeller
+from pipeline.labelling.labeller import Method, Provenance, PseudoBoxLabeller
 from pipeline.localization.affinity import Similarity, compare, similarity_to
 from pipeline.localization.localize import Localization
 from pipeline.localization.seed_expansion import OWN_SIMILARITY

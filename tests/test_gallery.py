@@ -20,7 +20,7 @@ from pipeline.drawing.images import METHOD_COLOURS, THUMBNAIL
 from pipeline.errors import ConfigError, DataError, StorageError, WeightsError
 from pipeline.gallery import SHEET_NAME, draw_gallery, safe_name, sheet_of_boxes
 from pipeline.gallery_maps import load_map_drawer
-from pipeline.labelling import Method, Provenance, PseudoBoxLabeller
+from pipeline.labelling.labeller import Method, Provenance, PseudoBoxLabeller
 from pipeline.models.backbones import build_backbone, load_weights
 from pipeline.storage import Location
 from tests.tables import Row, write_table

@@ -12,9 +12,9 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.config import ImagesConfig
-from pipeline.data.label_pass import LabelPass
 from pipeline.data.pixels import load_pixels
 from pipeline.errors import StorageError
+from pipeline.labelling.run import LabelPass
 
 RECEIPT = pa.schema(
     [

@@ -3,7 +3,7 @@
 What the blocks are labelled with is ``Work``, and the jobs (label_images.py, detect_images.py) are
 doors that make one. Whatever can be wrong with flags, weights or the output is found before an
 image is read. The work itself is spread in label_blocks.py; what survives a kill, and why, is told
-in data/label_run.py.
+in labelling/run.py.
 """
 
 import platform
@@ -23,13 +23,12 @@ from pipeline.cluster.block_tasks import Receipt
 from pipeline.cluster.label_blocks import LabelPlan, label_blocks
 from pipeline.cluster.recipes import Recipe
 from pipeline.config import BulkJob, flatten
-from pipeline.data.label_pass import LabelPass
-from pipeline.data.label_rows import Provenance
-from pipeline.data.label_run import LabelRun, open_run
 from pipeline.data.lake import Listing
 from pipeline.data.pseudo_labels import Manifest, config_hash, iterate_labels
 from pipeline.errors import ConfigError, TooManyBadImages
 from pipeline.gallery import sheet_of_boxes
+from pipeline.labelling.rows import Provenance
+from pipeline.labelling.run import LabelPass, LabelRun, open_run
 from pipeline.lease import Lease
 from pipeline.progress import ProgressReporter
 from pipeline.storage import Location, without_secrets

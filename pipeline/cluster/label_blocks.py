@@ -5,7 +5,7 @@ What an actor does to a block of pixels is its recipe (recipes.py), and nothing 
 Every block goes through whole: one task reads and decodes it, one actor call labels it, one task
 puts its rows on disk and returns a receipt. The driver sees receipts only, so its memory does not
 grow with the collection. What exactly-once means, and why a kill costs at most the blocks in
-flight, is told in data/label_run.py.
+flight, is told in labelling/run.py.
 """
 
 import logging
@@ -20,9 +20,9 @@ from pipeline.cluster.block_tasks import CommitBlock, LoadBlock, Receipt, receip
 from pipeline.cluster.recipes import Recipe
 from pipeline.cluster.session import count, ray_session
 from pipeline.config import ComputeConfig, ImagesConfig
-from pipeline.data.label_pass import LabelPass
-from pipeline.data.label_rows import Provenance
 from pipeline.errors import ClusterError
+from pipeline.labelling.rows import Provenance
+from pipeline.labelling.run import LabelPass
 from pipeline.storage import one_line
 
 # Without GPUs actors and decoding share the cores. An actor reserves less than the cores it works

@@ -7,7 +7,7 @@ from pipeline.cluster.bulk_job import Work, run_bulk_job
 from pipeline.cluster.recipes import PseudoBoxes
 from pipeline.config import LabelJob
 from pipeline.data.lake import Collection
-from pipeline.labelling import Method
+from pipeline.labelling.labeller import Method
 from pipeline.models.backbones import Weights, build_backbone, load_weights
 from pipeline.models.exported_backbone import network_of_checkpoint
 from pipeline.models.published import published_normalization

@@ -11,11 +11,11 @@ import pyarrow as pa
 import torch
 
 from pipeline.config import BackboneConfig
-from pipeline.data.label_rows import Provenance
 from pipeline.detection.exported_detector import StoredDetector
 from pipeline.detection.labeller import DetectionLabeller
 from pipeline.detection.predictor import Predictor
-from pipeline.labelling import Method, PseudoBoxLabeller
+from pipeline.labelling.labeller import Method, PseudoBoxLabeller
+from pipeline.labelling.rows import Provenance
 from pipeline.models.backbones import Weights, build_backbone
 from pipeline.models.inference import Precision
 

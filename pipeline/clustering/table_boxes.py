@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 
 from pipeline.clustering.crops import Pixels, cut
 from pipeline.data.images import DecodedImage
-from pipeline.data.label_run import with_all_columns
 from pipeline.data.pixels import facts_of, unread
 from pipeline.data.pseudo_labels import SCHEMA, iterate_labels
 from pipeline.data.sources import ReadFault, fetch_bytes
 from pipeline.errors import DataError
+from pipeline.labelling.run import with_all_columns
 from pipeline.storage import Location
 
 Decoder = Callable[[bytes], DecodedImage]

@@ -6,7 +6,7 @@ and the range in ``Field`` is checked before anything is loaded. Functions behin
 plain arguments, so nothing below the jobs, the cluster room and the doors imports this.
 
     settings.py         what all groups share
-    labelling.py        label_images, evaluate_boxes, draw_boxes, demo
+    labelling/labeller.py        label_images, evaluate_boxes, draw_boxes, demo
     clustering.py       cluster_boxes
     training.py         what all training jobs share
     classifier_groups.py, classification.py   train_classifier, compare_runs

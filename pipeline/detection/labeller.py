@@ -1,7 +1,7 @@
 """A batch of decoded images -> rows of the pseudo-label table, by a trained detector: many boxes
 each.
 
-The counterpart of labelling.py, and like it without Ray: a notebook can call ``DetectionLabeller``
+The counterpart of labelling/labeller.py, and like it without Ray: a notebook can call ``DetectionLabeller``
 on a table of ``data.pixels.load_pixels``.
 
 Shape letters:  D boxes of one image
@@ -14,7 +14,9 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.boxes import area, clip, rescale
-from pipeline.data.label_rows import (
+from pipeline.detection.predictor import Predictor
+from pipeline.evaluation.predictions import Detections
+from pipeline.labelling.rows import (
     Image,
     Outcome,
     Provenance,
@@ -24,8 +26,6 @@ from pipeline.data.label_rows import (
     rows_in_groups,
     too_large,
 )
-from pipeline.detection.predictor import Predictor
-from pipeline.evaluation.predictions import Detections
 from pipeline.models.inference import Precision, as_fits, in_precision
 
 __all__ = ["BATCH_SIZES", "DetectionLabeller", "method_of"]

@@ -17,7 +17,6 @@ import torch
 from pipeline.boxes import as_boxes
 from pipeline.config import LabelJob
 from pipeline.data.ground_truth import GroundTruth
-from pipeline.data.label_rows import Provenance, decoded_images
 from pipeline.data.lake import Collection
 from pipeline.data.pixels import load_pixels
 from pipeline.data.pseudo_labels import config_hash
@@ -26,7 +25,8 @@ from pipeline.evaluation.corloc import best_ious, corloc
 from pipeline.evaluation.evaluate import read_ground_truth
 from pipeline.evaluation.matching import match
 from pipeline.evaluation.predictions import Prediction
-from pipeline.labelling import Image, Method, PseudoBoxLabeller, in_original_pixels
+from pipeline.labelling.labeller import Image, Method, PseudoBoxLabeller, in_original_pixels
+from pipeline.labelling.rows import Provenance, decoded_images
 from pipeline.models.backbones import Weights, load_weights
 from pipeline.models.exported_backbone import network_of_checkpoint
 from pipeline.models.features import NORMALIZATIONS, normalize_and_pad, padded_size

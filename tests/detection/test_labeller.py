@@ -10,13 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.data.label_rows import Provenance
 from pipeline.data.pixels import load_pixels
 from pipeline.data.pseudo_labels import SCHEMA
 from pipeline.detection.box_transform import fixed_size
 from pipeline.detection.detector import Detector, build_detector, default_options
 from pipeline.detection.labeller import DetectionLabeller, method_of
 from pipeline.detection.predictor import Predictor
+from pipeline.labelling.rows import Provenance
 
 DECODE: dict[str, Any] = {
     "min_side": 16,

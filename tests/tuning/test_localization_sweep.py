@@ -14,7 +14,7 @@ from pipeline.data.lake import Collection
 from pipeline.data.pixels import load_pixels
 from pipeline.errors import DataError, StorageError
 from pipeline.evaluation.evaluate import evaluate_boxes
-from pipeline.labelling import Method, Provenance, PseudoBoxLabeller
+from pipeline.labelling.labeller import Method, Provenance, PseudoBoxLabeller
 from pipeline.models.backbones import build_backbone, load_weights
 from pipeline.scenes.scenes import write_collection
 from pipeline.storage import Location

@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipeline.data.pixels import load_pixels
 from pipeline.data.pseudo_labels import SCHEMA
-from pipeline.labelling import NOTHING_FOUND, Method, Provenance, PseudoBoxLabeller
+from pipeline.labelling.labeller import NOTHING_FOUND, Method, Provenance, PseudoBoxLabeller
 from pipeline.models.backbones import build_backbone, load_weights
 from pipeline.models.features import FeatureExtractor, PatchFeatures
 

@@ -8,11 +8,10 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pipeline.data.label_pass import LabelPass
-from pipeline.data.label_run import LabelRun, open_run
 from pipeline.data.lake import INPUT_SCHEMA
 from pipeline.data.pseudo_labels import MANIFEST_NAME, SCHEMA, Manifest, read_labels
 from pipeline.errors import ConfigError, StorageError
+from pipeline.labelling.run import LabelPass, LabelRun, open_run
 from pipeline.storage import Location
 from tests.tables import label_row
 
@@ -257,7 +256,7 @@ def test_a_crash_before_the_new_manifest_leaves_the_old_table_readable(
         raise OSError("power cut")
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.data.label_run.write_manifest", crash)
+        patch.setattr("pipeline.labelling.run.write_manifest", crash)
         with pytest.raises(OSError, match="power cut"):
             finish(run, number=1)
     assert set(read_labels(output)["status"].to_pylist()) == {"error_read"}
@@ -282,7 +281,7 @@ def test_a_crash_after_the_manifest_leaves_only_litter_that_tidy_removes(
 def test_tables_are_split_into_files_of_bounded_size(
     run: LabelRun, sweep: LabelPass, output: Location, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.data.label_run.ROWS_PER_FILE", 5)
+    monkeypatch.setattr("pipeline.labelling.run.ROWS_PER_FILE", 5)
     label_all(sweep)
     manifest = finish(run)
     assert [file.rows for file in manifest.files] == [8, 2]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.boxes import Boxes, area
-from pipeline.data.label_rows import (
+from pipeline.labelling.rows import (
     Image,
     Outcome,
     Provenance,
