@@ -12,7 +12,7 @@ from pipeline.config import DrawJob
 
 def main(job: DrawJob) -> int:
     """Run the job; imported late, so that --help and a typo do not wait for torch."""
-    from pipeline.gallery import draw_gallery
+    from pipeline.gallery.gallery import draw_gallery
 
     return draw_gallery(job)
 

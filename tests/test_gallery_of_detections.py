@@ -9,7 +9,7 @@ from PIL import Image
 
 from pipeline.config import DrawJob
 from pipeline.drawing.images import METHOD_COLOURS
-from pipeline.gallery import SHEET_NAME, draw_gallery
+from pipeline.gallery.gallery import SHEET_NAME, draw_gallery
 from tests.tables import label_row, write_table
 
 

@@ -26,7 +26,7 @@ from pipeline.config import BulkJob, flatten
 from pipeline.data.lake import Listing
 from pipeline.data.pseudo_labels import Manifest, config_hash, iterate_labels
 from pipeline.errors import ConfigError, TooManyBadImages
-from pipeline.gallery import sheet_of_boxes
+from pipeline.gallery.gallery import sheet_of_boxes
 from pipeline.labelling.rows import Provenance
 from pipeline.labelling.run import LabelPass, LabelRun, open_run
 from pipeline.lease import Lease

@@ -24,7 +24,7 @@ from pipeline.config import ClusterJob, ImagesConfig
 from pipeline.data.images import DecodedImage, decode_image
 from pipeline.data.pseudo_labels import Manifest, manifest_sha256, read_manifest
 from pipeline.errors import ConfigError, DataError, TooManyBadImages, WeightsError
-from pipeline.gallery_maps import decoding_of
+from pipeline.gallery.maps import decoding_of
 from pipeline.labelling.run import open_run, require_free
 from pipeline.lease import Lease
 from pipeline.models.backbones import Weights, build_class_tokens, load_weights

@@ -1,7 +1,7 @@
 """A pseudo-label table -> pictures: a row of panels per image, and a contact sheet of them all.
 
 Box, seed and score are drawn as they stand in the table; the maps beside them are computed again
-(gallery_maps.py). Names in a table come from whoever made it: what is written is named by us.
+(gallery/maps.py). Names in a table come from whoever made it: what is written is named by us.
 """
 
 import logging
@@ -35,7 +35,7 @@ from pipeline.drawing.images import (
     panel_row,
 )
 from pipeline.errors import ConfigError, DataError, StorageError, WeightsError
-from pipeline.gallery_maps import MapDrawer, decoding_of, load_map_drawer
+from pipeline.gallery.maps import MapDrawer, decoding_of, load_map_drawer
 from pipeline.models.published import CNNS
 from pipeline.progress import ProgressReporter
 from pipeline.storage import Location, one_line, without_secrets
@@ -55,7 +55,7 @@ _COLUMNS = (
     *("image_id", "uri", "status", "width", "height", "boxes", "scores", "method"),
     *("seed_xy", "seed_degree", "area_fraction", "content_sha256"),
 )
-_LOG = logging.getLogger("pipeline.gallery")
+_LOG = logging.getLogger("pipeline.gallery.gallery")
 
 Row = dict[str, Any]
 

@@ -18,8 +18,8 @@ from pipeline.data.pixels import load_pixels, pixels_of_row
 from pipeline.data.pseudo_labels import config_hash, read_labels, read_manifest
 from pipeline.drawing.images import METHOD_COLOURS, THUMBNAIL
 from pipeline.errors import ConfigError, DataError, StorageError, WeightsError
-from pipeline.gallery import SHEET_NAME, draw_gallery, safe_name, sheet_of_boxes
-from pipeline.gallery_maps import load_map_drawer
+from pipeline.gallery.gallery import SHEET_NAME, draw_gallery, safe_name, sheet_of_boxes
+from pipeline.gallery.maps import load_map_drawer
 from pipeline.labelling.labeller import Method, Provenance, PseudoBoxLabeller
 from pipeline.models.backbones import build_backbone, load_weights
 from pipeline.storage import Location
