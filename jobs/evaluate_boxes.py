@@ -17,7 +17,7 @@ def main(job: EvaluateJob) -> None:
     """Print the report, then the same numbers as one line of JSON."""
     import json
 
-    from pipeline.evaluate_boxes import evaluate
+    from pipeline.evaluation.evaluate_boxes import evaluate
 
     print(json.dumps(evaluate(job)))
 

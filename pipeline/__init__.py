@@ -16,8 +16,8 @@ The rooms, from the ground up (imports only go downwards; `make check` proves it
     drawing/images.py   what the method saw, as pictures
     tracking/tracker.py        MLflow, which may fail without harm
     runs/places.py          what a job reads: made absolute, and looked for in time
-    tracking_reader.py recorded runs, read back
-    compare_runs.py    runs -> the paired table
+    comparison/recorded_runs.py recorded runs, read back
+    comparison/compare_runs.py    runs -> the paired table
     labelling/labeller.py       a batch of images -> rows of the table (no Ray)
     pretraining/       a classifier's or a DINO run from settings to results (no Ray)
     detection/         the class-agnostic detector: model, training, use (no Ray)

@@ -9,7 +9,7 @@ from tests.conftest import ROOT
 
 RAY_FREE = [
     "pipeline.boxes",
-    "pipeline.compare_runs",
+    "pipeline.comparison.compare_runs",
     "pipeline.clustering.kmeans",
     "pipeline.clustering.crops",
     "pipeline.command_line",
@@ -23,8 +23,8 @@ RAY_FREE = [
     "pipeline.detection.box_loader",
     "pipeline.detection.detector",
     "pipeline.detection.predictor",
-    "pipeline.evaluation.evaluate",
-    "pipeline.evaluate_boxes",
+    "pipeline.evaluation.one_box",
+    "pipeline.evaluation.evaluate_boxes",
     "pipeline.labelling.labeller",
     "pipeline.losses.dino",
     "pipeline.losses.multi_stage",

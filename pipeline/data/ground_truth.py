@@ -1,7 +1,7 @@
 """What an annotation file says of one image; data/ground_truth.py and data/ground_truth.py both read into this.
 
 To read another format: write a module beside those two whose function returns
-``list[GroundTruth]``, and add its case to ``read_ground_truth`` in pipeline/evaluation/evaluate.py.
+``list[GroundTruth]``, and add its case to ``read_ground_truth`` in pipeline/evaluation/one_box.py.
 
 Shape letters:  N objects of one image   M crowd regions of one image
 

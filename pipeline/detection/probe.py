@@ -15,9 +15,9 @@ from pipeline.data.labelled_images import decode_rgb, printable
 from pipeline.data.sources import ReadFault, fetch_bytes
 from pipeline.detection.predictor import Predictor
 from pipeline.errors import DataError
-from pipeline.evaluation.annotated_images import annotated_images
 from pipeline.evaluation.average_precision import Difficult, average_precision
 from pipeline.evaluation.corloc import best_ious, corloc
+from pipeline.evaluation.one_box import annotated_images
 from pipeline.evaluation.predictions import Detections
 from pipeline.training.workers import Workers
 

@@ -5,7 +5,7 @@ LOST, BMVC 2021, section 4.1). IoU is in continuous pixels, without the "+1" of 
 without an epsilon: exactly one half counts.
 
 To add a baseline: write a function from the images' sizes to boxes beside ``central_boxes`` and
-name it in ``pipeline/evaluation/evaluate.py``.
+name it in ``pipeline/evaluation/one_box.py``.
 
 Shape letters:  N images   T objects of all images   M methods   P hit patterns   R resamples
 """

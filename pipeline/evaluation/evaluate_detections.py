@@ -15,12 +15,12 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline.data.ground_truth import GroundTruth
-from pipeline.evaluation.ap_interval import ap50_interval
 from pipeline.evaluation.average_precision import (
     MAX_BOXES,
     AveragePrecision,
     Difficult,
     RecallGroup,
+    ap50_interval,
     average_precision,
     equally_sure,
     recall_by_num_objects,

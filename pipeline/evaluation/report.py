@@ -9,7 +9,7 @@ from rich.table import Table
 
 from pipeline.evaluation.ap_report import detection_json
 from pipeline.evaluation.corloc import THRESHOLD
-from pipeline.evaluation.evaluate import BASELINES, THRESHOLDS, Evaluation, Group, Interval, Score
+from pipeline.evaluation.one_box import BASELINES, THRESHOLDS, Evaluation, Group, Interval, Score
 
 TITLES = {
     "full_image": "full image",

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from pipeline.comparison.difference import holm
 from pipeline.errors import DataError
-from pipeline.evaluation.paired_difference import holm
 from pipeline.reproduction.cells import Cell
 from pipeline.reproduction.measured import Difference, Measured, difference, measure
 from pipeline.reproduction.plan import Plan, PlannedCell

@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.boxes import as_boxes
+from pipeline.comparison.difference import difference_of
 from pipeline.errors import DataError
 from pipeline.evaluation.average_precision import average_precision
 from pipeline.evaluation.corloc import THRESHOLD, best_ious, interval_95, resampled_rates
 from pipeline.evaluation.matching import match
-from pipeline.evaluation.paired_difference import difference_of
 from pipeline.evaluation.predictions import detections, read_predictions
 from pipeline.reproduction.cells import Boxes, Metric
 from pipeline.reproduction.photos import Photos

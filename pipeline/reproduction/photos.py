@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from pipeline.data.ground_truth import GroundTruth
 from pipeline.errors import DataError
-from pipeline.evaluation.annotated_images import annotated_images
+from pipeline.evaluation.one_box import annotated_images
 from pipeline.reproduction.cells import Split
 from pipeline.storage import Location
 

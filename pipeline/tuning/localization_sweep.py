@@ -1,7 +1,7 @@
 """Trials of labelling that share forward passes: features once, then boxes and CorLoc per trial.
 
 ``fill`` sees each image once and keeps every feature that the space may ask for; ``measured`` is a
-trial. On a cache of fp32 its CorLoc is that of label_images.py and evaluate_boxes.py, exactly.
+trial. On a cache of fp32 its CorLoc is that of label_images.py and evaluation/evaluate_boxes.py, exactly.
 
 Shape letters:  N images   B images of a batch
 """
@@ -22,8 +22,8 @@ from pipeline.data.pixels import load_pixels
 from pipeline.data.pseudo_labels import config_hash
 from pipeline.errors import DataError
 from pipeline.evaluation.corloc import best_ious, corloc
-from pipeline.evaluation.evaluate import read_ground_truth
 from pipeline.evaluation.matching import match
+from pipeline.evaluation.one_box import read_ground_truth
 from pipeline.evaluation.predictions import Prediction
 from pipeline.labelling.labeller import Image, Method, PseudoBoxLabeller, in_original_pixels
 from pipeline.labelling.rows import Provenance, decoded_images
@@ -144,7 +144,7 @@ def _annotated(
     images: str, ground_truth: str, num_images: int | None
 ) -> tuple[pa.Table, list[GroundTruth], int]:
     """Annotated images with an object, in the collection's order; their annotations; how many
-    others the annotations have. Names are matched as evaluate_boxes.py does.
+    others the annotations have. Names are matched as evaluation/evaluate_boxes.py does.
     """
     truths = read_ground_truth(Location.parse(ground_truth))
     inputs = pa.concat_tables(list(Collection(images).chunks()))

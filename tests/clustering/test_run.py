@@ -26,7 +26,7 @@ from pipeline.data.pseudo_labels import (
 )
 from pipeline.detection.setup import set_up
 from pipeline.errors import PatchseedError
-from pipeline.evaluate_boxes import evaluate
+from pipeline.evaluation.evaluate_boxes import evaluate
 from pipeline.storage import Location
 from pipeline.training.workers import Workers
 from tests.clustering.coloured import (

@@ -9,8 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.evaluation.ap_interval import ap50_interval, resampled_ap50, weighted_ap50
-from pipeline.evaluation.average_precision import Difficult, Matches, average_precision
+from pipeline.evaluation.average_precision import (
+    Difficult,
+    Matches,
+    ap50_interval,
+    average_precision,
+    resampled_ap50,
+    weighted_ap50,
+)
 from tests.evaluation.annotated import IMAGES, found, images_of, truth
 
 

@@ -14,13 +14,13 @@ from pycocotools.cocoeval import COCOeval
 
 from pipeline.boxes import as_boxes, xyxy_to_xywh
 from pipeline.data.ground_truth import GroundTruth, read_coco
-from pipeline.evaluation.ap_interval import weighted_ap50
 from pipeline.evaluation.average_precision import (
     STATS,
     Difficult,
     average_precision,
     equally_sure,
     recall_by_num_objects,
+    weighted_ap50,
 )
 from pipeline.evaluation.matching import match
 from pipeline.evaluation.predictions import Detections, read_predictions

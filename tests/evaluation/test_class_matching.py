@@ -7,9 +7,8 @@ import pytest
 
 from pipeline.data.ground_truth import GroundTruth
 from pipeline.errors import DataError
-from pipeline.evaluation.class_matching import match_classes
+from pipeline.evaluation.class_matching import ClassObjects, match_classes, voc_average_precision
 from pipeline.evaluation.predictions import Detections
-from pipeline.evaluation.voc_metric import ClassObjects, voc_average_precision
 from tests.evaluation.annotated import found, truth
 
 A, B, C = [0, 0, 20, 20], [30, 30, 60, 60], [70, 70, 99, 99]

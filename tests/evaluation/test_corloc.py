@@ -16,7 +16,7 @@ from pipeline.evaluation.corloc import (
     interval_95,
     resampled_rates,
 )
-from pipeline.evaluation.evaluate import Evaluation, evaluate_boxes
+from pipeline.evaluation.one_box import Evaluation, evaluate_boxes
 
 BOX = st.tuples(*[st.integers(0, 12)] * 4).map(list)
 

@@ -12,8 +12,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from pipeline.data.ground_truth import GroundTruth
-from pipeline.evaluation.ap_picture import precision_recall_png
-from pipeline.evaluation.ap_report import detection_json
+from pipeline.evaluation.ap_report import detection_json, precision_recall_png
 from pipeline.evaluation.evaluate_detections import (
     KNOWN_SETS,
     DetectionEvaluation,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 
 from pipeline.boxes import as_boxes
-from pipeline.evaluation.voc_metric import ClassObjects, voc_average_precision
+from pipeline.evaluation.class_matching import ClassObjects, voc_average_precision
 from tests.evaluation.annotated import IMAGES
 
 LEFT, RIGHT, FAR = [0, 0, 40, 40], [50, 50, 90, 90], [0, 60, 30, 90]

@@ -13,7 +13,7 @@ from pipeline.config import LabelJob
 from pipeline.data.lake import Collection
 from pipeline.data.pixels import load_pixels
 from pipeline.errors import DataError, StorageError
-from pipeline.evaluation.evaluate import evaluate_boxes
+from pipeline.evaluation.one_box import evaluate_boxes
 from pipeline.labelling.labeller import Method, Provenance, PseudoBoxLabeller
 from pipeline.models.backbones import build_backbone, load_weights
 from pipeline.scenes.scenes import write_collection

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from pipeline import tracking_reader
+from pipeline.comparison import recorded_runs
+from pipeline.comparison.recorded_runs import read_experiment, read_folders
 from pipeline.config import flatten
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.tracking.tracker import start_tracker
-from pipeline.tracking_reader import read_experiment, read_folders
 
 METRIC = "test/accuracy_selected"
 
@@ -107,7 +107,7 @@ def test_runs_of_other_kinds_are_not_read(mlflow_uri: str, tmp_path: Path) -> No
 def test_every_page_is_read_in_the_order_of_the_runs(
     mlflow_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking_reader, "_PAGE", 2)
+    monkeypatch.setattr(recorded_runs, "_PAGE", 2)
     for seed in range(5):
         record(summary(seed=seed), mlflow_uri, tmp_path)
     assert [one.seed for one in read_experiment("lab", mlflow_uri)] == [0, 1, 2, 3, 4]
@@ -300,7 +300,7 @@ def server(mlflow_uri: str, tmp_path: Path) -> Iterator[str]:
 def test_server_gives_what_its_database_gives(
     server: str, mlflow_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking_reader, "_PAGE", 2)
+    monkeypatch.setattr(recorded_runs, "_PAGE", 2)
     for seed in range(3):
         record(summary(seed=seed, weight=0.5), server, tmp_path)
     assert read_experiment("lab", server) == read_experiment("lab", mlflow_uri)

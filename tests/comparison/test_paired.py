@@ -12,15 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from pipeline.errors import DataError
-from pipeline.evaluation.paired_difference import (
+from pipeline.comparison.difference import (
     MOST_SEEDS_FLIPPED,
     difference_of,
     holm,
     sign_flip_p,
     verdict_of,
 )
-from pipeline.evaluation.paired_runs import Comparison, RunRecord, compare
+from pipeline.comparison.paired import Comparison, RunRecord, compare
+from pipeline.errors import DataError
 
 METRIC = "test/accuracy_selected"
 ACCURACIES = st.lists(

@@ -10,15 +10,16 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from pipeline.evaluation.paired_picture import MOST_ARMS, as_png
-from pipeline.evaluation.paired_report import (
+from pipeline.comparison.paired import Comparison, RunRecord, compare
+from pipeline.comparison.report import (
+    MOST_ARMS,
     as_csv,
     as_json,
     as_markdown,
+    as_png,
     print_report,
     remarks,
 )
-from pipeline.evaluation.paired_runs import Comparison, RunRecord, compare
 
 METRIC = "test/accuracy_selected"
 

@@ -1,7 +1,7 @@
 """Boxes and annotations -> the report, its files, and its record in MLflow.
 
 The door of ``jobs/evaluate_boxes.py``: the arithmetic is evaluation/, the failures' pictures
-worst_cases.py. To write one more file: a line in ``_files``.
+evaluation/worst_cases.py. To write one more file: a line in ``_files``.
 """
 
 import json
@@ -16,18 +16,17 @@ from rich.console import Console
 from pipeline.config import EvaluateJob
 from pipeline.config.settings import flatten
 from pipeline.errors import ConfigError, StorageError
-from pipeline.evaluation.ap_picture import precision_recall_png
-from pipeline.evaluation.ap_report import print_detection_report
-from pipeline.evaluation.evaluate import Evaluation, evaluate_boxes
+from pipeline.evaluation.ap_report import precision_recall_png, print_detection_report
 from pipeline.evaluation.evaluate_detections import (
     DetectionEvaluation,
     DetectionOptions,
     coco_results,
 )
+from pipeline.evaluation.one_box import Evaluation, evaluate_boxes
 from pipeline.evaluation.report import as_json, print_report
+from pipeline.evaluation.worst_cases import worst_cases_png
 from pipeline.storage import Location
 from pipeline.tracking.tracker import OFF, start_tracker
-from pipeline.worst_cases import worst_cases_png
 
 NUMBERS, CURVES, WORST = "evaluation.json", "precision_recall.png", "worst_cases.png"
 

@@ -13,7 +13,7 @@ from pipeline.evaluation.evaluate_detections import (
     evaluate_detections,
 )
 from pipeline.evaluation.predictions import Detections, Prediction
-from pipeline.worst_cases import (
+from pipeline.evaluation.worst_cases import (
     FALSE,
     MISSED,
     TRUE,

@@ -1,8 +1,8 @@
 """Runs of one experiment, or of one folder -> the paired table, and its files.
 
-The door of ``jobs/compare_runs.py``: reading is tracking_reader.py, the statistics
-evaluation/paired_runs.py, the tables and the picture evaluation/paired_report.py and
-paired_picture.py. To write one more file: a line in ``_files``.
+The door of ``jobs/compare_runs.py``: reading is comparison/recorded_runs.py, the statistics
+comparison/paired.py, the tables and the picture comparison/report.py and
+comparison/report.py. To write one more file: a line in ``_files``.
 """
 
 import json
@@ -11,12 +11,11 @@ from typing import Any
 
 from rich.console import Console
 
+from pipeline.comparison.paired import Comparison, compare
+from pipeline.comparison.recorded_runs import read_experiment, read_folders
+from pipeline.comparison.report import as_csv, as_json, as_markdown, as_png, print_report
 from pipeline.errors import ConfigError
-from pipeline.evaluation.paired_picture import as_png
-from pipeline.evaluation.paired_report import as_csv, as_json, as_markdown, print_report
-from pipeline.evaluation.paired_runs import Comparison, compare
 from pipeline.storage import Location
-from pipeline.tracking_reader import read_experiment, read_folders
 
 PICTURE = "comparison.png"
 

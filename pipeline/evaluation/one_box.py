@@ -4,18 +4,23 @@ To add a number: put its arithmetic beside ``corloc``, a field into ``Score`` or
 its line into report.py. To read another annotation format: add a case to ``read_ground_truth``.
 
 Shape letters:  N images   M methods compared   R resamples
+
+Images of a collection and what is annotated on them, matched by the names of their files.
 """
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.boxes import Boxes, as_boxes
 from pipeline.data.ground_truth import GroundTruth, read_coco, read_voc
+from pipeline.data.lake import Collection
 from pipeline.errors import DataError
 from pipeline.evaluation.corloc import (
     THRESHOLD,
@@ -238,3 +243,26 @@ def _groups(best_iou_N: Floats, truths: Sequence[GroundTruth]) -> dict[str, Grou
         name: Group(hits=int((hit_N & member_N).sum()), num_images=int(member_N.sum()))
         for name, member_N in (("single_object", single_N), ("multi_object", ~single_N))
     }
+
+
+def annotated_images(
+    images: str, ground_truth: str, *, num_images: int | None
+) -> tuple[pa.Table, list[GroundTruth]]:
+    """The annotated images in the order of their URIs, ``num_images`` at most.
+
+    Returns:
+        Their rows, as ``Collection`` gives them, and the annotations of each row.
+
+    Raises:
+        DataError: no image of the collection is annotated, or the annotations cannot be read.
+    """
+    truths = {
+        PurePosixPath(one.file_name).name: one
+        for one in read_ground_truth(Location.parse(ground_truth))
+    }
+    inputs = pa.concat_tables(list(Collection(images).chunks()))
+    named = [PurePosixPath(uri).name in truths for uri in inputs["uri"].to_pylist()]
+    chosen = inputs.filter(pa.array(named, pa.bool_())).sort_by("uri").slice(0, num_images)
+    if not chosen.num_rows:
+        raise DataError(f"none of {inputs.num_rows} images of {images} is in {ground_truth}")
+    return chosen, [truths[PurePosixPath(uri).name] for uri in chosen["uri"].to_pylist()]

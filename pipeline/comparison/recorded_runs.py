@@ -17,10 +17,9 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
+from pipeline.comparison.paired import SEED, WEIGHT, RunRecord, did_you_mean
 from pipeline.config import flatten
 from pipeline.errors import ConfigError, DataError, StorageError
-from pipeline.evaluation.paired_labels import SEED, WEIGHT, did_you_mean
-from pipeline.evaluation.paired_runs import RunRecord
 from pipeline.storage import Location, one_line, without_secrets
 from pipeline.tracking.tracker import OFF, absolute_uri, connect
 
