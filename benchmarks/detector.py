@@ -52,7 +52,7 @@ from pipeline.detection.c4 import BackboneName
 from pipeline.detection.labeller import METHOD, DetectionLabeller
 from pipeline.detection.options import Kind
 from pipeline.labelling.rows import decoded_images
-from pipeline.models.inference import in_precision
+from pipeline.models.features import in_precision
 from pipeline.training.workers import Workers
 
 Part = Literal["a", "b", "c"]

@@ -34,7 +34,7 @@ from pipeline.detection.setup import set_up
 from pipeline.detection.task import canvas_of, inputs_of
 from pipeline.labelling.rows import Provenance
 from pipeline.labelling.run import open_run
-from pipeline.models.inference import Precision
+from pipeline.models.features import Precision
 from pipeline.scenes.scenes import write_collection
 from pipeline.storage import Location
 from pipeline.training.loop import AUTOCAST

@@ -25,8 +25,7 @@ from pipeline.data.loader import (
     ShardedBatchSampler,
     train_loader,
 )
-from pipeline.losses.grid_pooling import Pooling
-from pipeline.losses.multi_stage import DRLocObjective, DRLocOptions
+from pipeline.losses.multi_stage import DRLocObjective, DRLocOptions, Pooling
 from pipeline.models.backbones import build_model
 from pipeline.training.loop import AUTOCAST, Hooks, LoopSettings, LoopState, Task, train
 from pipeline.training.optim import build_optimizer, parameter_groups

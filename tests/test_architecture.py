@@ -30,7 +30,7 @@ RAY_FREE = [
     "pipeline.losses.multi_stage",
     "pipeline.pretraining.network",
     "pipeline.localization.localize",
-    "pipeline.models.class_tokens",
+    "pipeline.models.dino_vit",
     "pipeline.models.dino_vit",
     "pipeline.models.features",
     "pipeline.models.cvt",

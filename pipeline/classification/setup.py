@@ -37,8 +37,7 @@ from pipeline.data.loader import (
 )
 from pipeline.data.sharding import ShardedBatchSampler
 from pipeline.errors import ConfigError
-from pipeline.losses.grid_pooling import Pooling, pooled_shape
-from pipeline.losses.multi_stage import DRLocObjective, DRLocOptions
+from pipeline.losses.multi_stage import DRLocObjective, DRLocOptions, Pooling, pooled_shape
 from pipeline.models.backbones import Weights, build_model, load_classifier_weights
 from pipeline.models.features import NORMALIZATIONS
 from pipeline.models.grid_classifier import GridClassifier

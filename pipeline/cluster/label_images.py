@@ -10,7 +10,7 @@ from pipeline.data.lake import Collection
 from pipeline.labelling.labeller import Method
 from pipeline.models.backbones import Weights, build_backbone, load_weights
 from pipeline.models.exported_backbone import network_of_checkpoint
-from pipeline.models.published import published_normalization
+from pipeline.models.published_weights import published_normalization
 from pipeline.storage import Location
 
 _LOG = logging.getLogger("pipeline.label_images")

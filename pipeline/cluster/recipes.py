@@ -17,7 +17,7 @@ from pipeline.detection.predictor import Predictor
 from pipeline.labelling.labeller import Method, PseudoBoxLabeller
 from pipeline.labelling.rows import Provenance
 from pipeline.models.backbones import Weights, build_backbone
-from pipeline.models.inference import Precision
+from pipeline.models.features import Precision
 
 Labeller = Callable[[pa.Table], pa.Table]
 """Rows of ``PIXELS_SCHEMA`` in, as many rows of ``pseudo_labels.SCHEMA`` out."""

@@ -18,9 +18,8 @@ from torch import Tensor
 from torch.nn import functional
 from torchvision.transforms.functional import InterpolationMode, normalize, resize
 
-from pipeline.models.class_tokens import ClassTokens
-from pipeline.models.features import NORMALIZATIONS
-from pipeline.models.inference import in_precision
+from pipeline.models.dino_vit import ClassTokens
+from pipeline.models.features import NORMALIZATIONS, in_precision
 
 Pixels = NDArray[np.uint8]
 

@@ -28,7 +28,7 @@ from pipeline.gallery.maps import decoding_of
 from pipeline.labelling.run import open_run, require_free
 from pipeline.lease import Lease
 from pipeline.models.backbones import Weights, build_class_tokens, load_weights
-from pipeline.models.class_tokens import ClassTokens
+from pipeline.models.dino_vit import ClassTokens
 from pipeline.models.exported_backbone import network_of_checkpoint
 from pipeline.progress import ProgressReporter
 from pipeline.storage import Location

@@ -26,7 +26,7 @@ from pipeline.labelling.rows import (
     rows_in_groups,
     too_large,
 )
-from pipeline.models.inference import Precision, as_fits, in_precision
+from pipeline.models.features import Precision, as_fits, in_precision
 
 __all__ = ["BATCH_SIZES", "DetectionLabeller", "method_of"]
 

@@ -25,7 +25,7 @@ from pipeline.detection.timm_pyramid import TIMM
 from pipeline.errors import WeightsError
 from pipeline.models.backbones import load_classifier_weights
 from pipeline.models.checkpoints import file_sha256, read_state_dict
-from pipeline.models.published import published_normalization, require_timm
+from pipeline.models.published_weights import published_normalization, require_timm
 from pipeline.storage import Location
 from pipeline.training import schedules
 from pipeline.training.loop import LoopSettings, LoopState

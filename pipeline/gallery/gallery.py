@@ -36,7 +36,7 @@ from pipeline.drawing.images import (
 )
 from pipeline.errors import ConfigError, DataError, StorageError, WeightsError
 from pipeline.gallery.maps import MapDrawer, decoding_of, load_map_drawer
-from pipeline.models.published import CNNS
+from pipeline.models.published_weights import CNNS
 from pipeline.progress import ProgressReporter
 from pipeline.storage import Location, one_line, without_secrets
 from pipeline.tracking.tracker import OFF, absolute_uri, start_tracker

@@ -33,10 +33,12 @@ from pipeline.models.features import (
     NORMALIZATIONS,
     FeatureExtractor,
     PatchFeatures,
+    Precision,
+    as_fits,
+    in_precision,
     normalize_and_pad,
     padded_size,
 )
-from pipeline.models.inference import Precision, as_fits, in_precision
 
 __all__ = ["BATCH_SIZES", "NOTHING_FOUND", "Image", "Method", "Provenance", "PseudoBoxLabeller"]
 

@@ -17,8 +17,13 @@ from torch import Tensor
 
 from pipeline.localization.affinity import Similarity, compare, count_similar, similarity_to
 from pipeline.localization.components import seed_component, tight_boxes
-from pipeline.localization.seed_expansion import OWN_SIMILARITY, Rule, expand
-from pipeline.localization.seeds import choose_seeds, degree_order
+from pipeline.localization.seed_expansion import (
+    OWN_SIMILARITY,
+    Rule,
+    choose_seeds,
+    degree_order,
+    expand,
+)
 
 
 @dataclass(frozen=True)

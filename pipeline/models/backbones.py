@@ -3,10 +3,10 @@
 ``build_backbone`` gives frozen patch features, ``build_class_tokens`` a frozen vector per image,
 ``build_model`` a classifier to be trained, ``build_feature_maps`` what a pyramid stands on.
 
-To add a backbone: a plain timm ViT needs nothing; other names and weights: ``published.py``. A
+To add a backbone: a plain timm ViT needs nothing; other names and weights: ``models/published_weights.py``. A
 convolutional network gets a name in ``CNNS`` there and a case in ``_cnn``.
 To add a classifier: timm's need nothing; a network of our own gets a name in ``OWN_CLASSIFIERS``
-(``own_classifiers.py``). This file and ``published.py`` alone import timm.
+(``own_classifiers.py``). This file and ``models/published_weights.py`` alone import timm.
 """
 
 import inspect
@@ -28,11 +28,16 @@ from pipeline.models.checkpoints import (
     patch_side,
     read_state_dict,
 )
-from pipeline.models.class_tokens import ClassTokens
 from pipeline.models.classifier_weights import fit_classifier, timm_weights
-from pipeline.models.cnn import ConvFeatures, Vgg16Map
-from pipeline.models.dino_vit import ViTFeatures
-from pipeline.models.feature_maps import STRIDES, FeatureMaps, layouts, under_names
+from pipeline.models.dino_vit import ClassTokens, ViTFeatures
+from pipeline.models.feature_maps import (
+    STRIDES,
+    ConvFeatures,
+    FeatureMaps,
+    Vgg16Map,
+    layouts,
+    under_names,
+)
 from pipeline.models.features import FeatureExtractor
 from pipeline.models.grid_classifier import GridClassifier
 from pipeline.models.model_options import (
@@ -44,7 +49,7 @@ from pipeline.models.model_options import (
     timm_arguments,
 )
 from pipeline.models.own_classifiers import OWN_CLASSIFIERS, build_own, fetch_own
-from pipeline.models.published import (
+from pipeline.models.published_weights import (
     CNNS,
     architecture,
     fetch,

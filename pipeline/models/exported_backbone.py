@@ -19,7 +19,7 @@ from pipeline.errors import ConfigError, WeightsError
 from pipeline.models.checkpoints import file_sha256
 from pipeline.models.features import NORMALIZATIONS
 from pipeline.models.model_options import STANDARD_SIDE
-from pipeline.models.published import architecture
+from pipeline.models.published_weights import architecture
 from pipeline.storage import Location
 
 WEIGHTS, CONFIG = "teacher.safetensors", "config.json"

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations
 
-from pipeline.models.class_tokens import class_token, require_class_token
-from pipeline.models.dino_vit import require_plain_vit
+from pipeline.models.dino_vit import class_token, require_class_token, require_plain_vit
 
 
 class DINOHead(nn.Module):

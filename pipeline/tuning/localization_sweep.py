@@ -29,8 +29,7 @@ from pipeline.labelling.labeller import Image, Method, PseudoBoxLabeller, in_ori
 from pipeline.labelling.rows import Provenance, decoded_images
 from pipeline.models.backbones import Weights, load_weights
 from pipeline.models.exported_backbone import network_of_checkpoint
-from pipeline.models.features import NORMALIZATIONS, normalize_and_pad, padded_size
-from pipeline.models.inference import in_precision
+from pipeline.models.features import NORMALIZATIONS, in_precision, normalize_and_pad, padded_size
 from pipeline.storage import Location
 from pipeline.tuning.feature_cache import BYTES, Batch, FeatureCache, Sample, gib
 from pipeline.tuning.many_features import ManyFeatures, Source

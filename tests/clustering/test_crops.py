@@ -13,7 +13,7 @@ from torchvision.transforms.functional import InterpolationMode
 
 from pipeline.clustering import crops as module
 from pipeline.clustering.crops import CropOptions, crop_size, crop_vectors, cut, seen
-from pipeline.models.class_tokens import ClassTokens
+from pipeline.models.dino_vit import ClassTokens
 from pipeline.models.features import NORMALIZATIONS
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.losses.drloc import DRLocHead, drloc_loss
-from pipeline.losses.grid_pooling import Pooling, pool_grid
+from pipeline.losses.multi_stage import Pooling, pool_grid
 from pipeline.losses.pairs import Normalize, all_pairs, relative_offsets, sample_pairs
 
 LAYERS = {

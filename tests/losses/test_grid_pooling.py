@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.losses.grid_pooling import pool_grid, pooled_shape
+from pipeline.losses.multi_stage import pool_grid, pooled_shape
 
 
 def slow_pool(features: Tensor, kind: str) -> Tensor:

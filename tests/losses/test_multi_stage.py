@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from pipeline.losses.drloc import DRLocHead, constant_predictor_floor, drloc_terms
-from pipeline.losses.grid_pooling import pool_grid
-from pipeline.losses.multi_stage import DRLocObjective, DRLocOptions
+from pipeline.losses.multi_stage import DRLocObjective, DRLocOptions, pool_grid
 from pipeline.losses.pairs import all_pairs, pair_generator, sample_pairs
 
 SHAPES = [(4, 8, 6), (6, 4, 3)]

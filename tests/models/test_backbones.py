@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from pipeline.errors import ConfigError, WeightsError
 from pipeline.models.backbones import Weights, build_backbone, load_weights
-from pipeline.models.cnn import ConvFeatures
 from pipeline.models.dino_vit import ViTFeatures
+from pipeline.models.feature_maps import ConvFeatures
 from pipeline.models.features import PatchFeatures
-from pipeline.models.published import published_normalization
+from pipeline.models.published_weights import published_normalization
 
 TINY = "vit_tiny_patch16_224"
 

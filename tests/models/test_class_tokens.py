@@ -10,8 +10,7 @@ import torch
 
 from pipeline.errors import ConfigError
 from pipeline.models.backbones import Weights, build_class_tokens
-from pipeline.models.class_tokens import ClassTokens
-from pipeline.models.dino_vit import interpolate_positions
+from pipeline.models.dino_vit import ClassTokens, interpolate_positions
 from pipeline.models.exported_backbone import network_of_checkpoint
 
 TINY = "vit_tiny_patch16_224"

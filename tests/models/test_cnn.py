@@ -3,7 +3,7 @@ import timm
 import torch
 from torch import nn
 
-from pipeline.models.cnn import ConvFeatures, Vgg16Map, normalize_map
+from pipeline.models.feature_maps import ConvFeatures, Vgg16Map, normalize_map
 
 
 def test_a_map_is_normalised_by_one_mean_and_one_deviation_per_image() -> None:

@@ -9,13 +9,13 @@ import torch
 
 from pipeline.evaluation.corloc import best_ious, central_boxes, corloc
 from pipeline.localization.localize import localize
-from pipeline.models import published
+from pipeline.models import published_weights
 from pipeline.models.backbones import build_backbone, build_vit, load_weights
 from pipeline.models.exported_backbone import CONFIG, WEIGHTS, name_beside
 from pipeline.models.features import NORMALIZATIONS, normalize_and_pad
 from pipeline.scenes.scenes import make_scene
 
-FOLDER = Path(published.__file__).parent / "weights" / "vit_nano_patch8"
+FOLDER = Path(published_weights.__file__).parent / "weights" / "vit_nano_patch8"
 NAME = "vit_nano_patch8.dino"
 SIDE = 224
 """Of the scenes, pixels."""
