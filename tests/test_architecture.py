@@ -11,7 +11,7 @@ RAY_FREE = [
     "pipeline.boxes",
     "pipeline.comparison.compare_runs",
     "pipeline.clustering.kmeans",
-    "pipeline.clustering.crops",
+    "pipeline.clustering.table_boxes",
     "pipeline.command_line",
     "pipeline.config",
     "pipeline.data.images",

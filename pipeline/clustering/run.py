@@ -16,10 +16,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.clustering.crops import BATCH_SIZES, CropOptions, crop_vectors
 from pipeline.clustering.kmeans import Clustering, cluster
 from pipeline.clustering.sheet import cluster_sheet
-from pipeline.clustering.table_boxes import Decoder, TableBoxes
+from pipeline.clustering.table_boxes import (
+    BATCH_SIZES,
+    CropOptions,
+    Decoder,
+    TableBoxes,
+    crop_vectors,
+)
 from pipeline.config import ClusterJob, ImagesConfig
 from pipeline.data.images import DecodedImage, decode_image
 from pipeline.data.pseudo_labels import Manifest, manifest_sha256, read_manifest

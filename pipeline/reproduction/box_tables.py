@@ -10,11 +10,11 @@ from dataclasses import replace
 
 from pipeline.config.detection import presets as detector_presets
 from pipeline.config.presets import merged
-from pipeline.reproduction import published
+from pipeline.reproduction import published_figures
 from pipeline.reproduction.backbones import BACKBONES
 from pipeline.reproduction.cells import Boxes, Cell, Detections, Split, Table, Values
 from pipeline.reproduction.classifier_tables import Size
-from pipeline.reproduction.published import LOST_PAPER, PHOTO_SETS, SECOND_HAND, Published
+from pipeline.reproduction.published_figures import LOST_PAPER, PHOTO_SETS, SECOND_HAND, Published
 
 _RULES = {
     "lost": ("LOST", Boxes("", "", "lost")),
@@ -26,7 +26,7 @@ _SAME_IMAGES = (
     "CorLoc in % of images whose box has IoU >= 0.5 with an object, difficult ones counted; "
     "differences are paired over images. The paper's figures are on its whole sets."
 )
-_REPORT = f"{published.SOLOST_REPORT}, its comparison of backbones and similarities"
+_REPORT = f"{published_figures.SOLOST_REPORT}, its comparison of backbones and similarities"
 
 
 def lost_1(size: Size) -> Table:
@@ -34,9 +34,9 @@ def lost_1(size: Size) -> Table:
     cells: list[Cell] = []
     for data, seg, lost, cad in zip(
         PHOTO_SETS,
-        published.DINO_SEG,
-        published.LOST_ON_DINO,
-        published.LOST_AND_CAD,
+        published_figures.DINO_SEG,
+        published_figures.LOST_ON_DINO,
+        published_figures.LOST_AND_CAD,
         strict=True,
     ):
         base = f"{data}-lost"
@@ -61,14 +61,14 @@ def lost_1(size: Size) -> Table:
 def lost_3(size: Size) -> Table:
     """LOST by backbone, and by which tensor of a ViT is the feature."""
     cells: list[Cell] = []
-    for backbone, figures in published.LOST_BACKBONES.items():
+    for backbone, figures in published_figures.LOST_BACKBONES.items():
         for data, value in zip(PHOTO_SETS, figures, strict=True):
             words = f"{data}, {BACKBONES[backbone].words}"
             cells.append(
                 _cell(f"{data}-{backbone}", words, value, LOST_PAPER, Boxes(data, backbone))
             )
     of_keys = "voc07-vit-s16"
-    for feature, value in published.LOST_FEATURES.items():
+    for feature, value in published_figures.LOST_FEATURES.items():
         if feature != "key":
             boxes = Boxes("voc07", "vit-s16", feature="query" if feature == "query" else "value")
             words = f"voc07, {BACKBONES['vit-s16'].words}, {feature}"
@@ -76,7 +76,7 @@ def lost_3(size: Size) -> Table:
             cells.append(replace(cell, base=of_keys))
     deit = Boxes("voc07", "deit-s16")
     words = f"voc07, {BACKBONES['deit-s16'].words}"
-    cells.append(_cell("voc07-deit-s16", words, published.LOST_DEIT, SECOND_HAND, deit))
+    cells.append(_cell("voc07-deit-s16", words, published_figures.LOST_DEIT, SECOND_HAND, deit))
     cells += _stand_ins(size, ("lost",))
     for backbone in _small_backbones(size):
         base = f"voc07-{backbone}-lost"
@@ -90,9 +90,9 @@ def lost_3(size: Size) -> Table:
 def solost_4(size: Size) -> Table:
     """SoLOST against LOST, and LOST's other similarities, on every backbone."""
     cells: list[Cell] = []
-    for backbone in published.RULES["solost"]:
+    for backbone in published_figures.RULES["solost"]:
         for place, data in enumerate(PHOTO_SETS):
-            for rule, figures in published.RULES.items():
+            for rule, figures in published_figures.RULES.items():
                 if backbone not in figures:
                     continue
                 words, boxes = _RULES[rule]
@@ -113,7 +113,10 @@ def cad_5(size: Size) -> Table:
     """A detector trained on SoLOST's boxes against one trained on LOST's."""
     backbone = "vit-s16" if size.scale == "paper" else "vit-ti16"
     cells: list[Cell] = []
-    for metric, told in (("AP50", published.CAD_AP50), ("CorLoc", published.CAD_CORLOC)):
+    for metric, told in (
+        ("AP50", published_figures.CAD_AP50),
+        ("CorLoc", published_figures.CAD_CORLOC),
+    ):
         for images, values in told.items():
             data, _, split = images.partition("-")
             base = f"{images}-{metric.lower()}-lost"
@@ -144,7 +147,7 @@ def cad_5(size: Size) -> Table:
 
 
 def _figure(value: float | None) -> Published | None:
-    source = f"{published.SOLOST_REPORT} and its logs: batch 2, one seed"
+    source = f"{published_figures.SOLOST_REPORT} and its logs: batch 2, one seed"
     return None if value is None else Published(value, source)
 
 

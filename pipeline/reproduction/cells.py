@@ -2,12 +2,15 @@
 
 A cell names the one it is compared with, where there is one; what it takes to measure it is its
 recipe, without the places of data and weights, which plan.py adds.
+
+One run: a job with its settings, what it costs, and the file that says it is done.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from pipeline.reproduction.published import Published
+from pipeline.reproduction.published_figures import Published
+from pipeline.storage import Location
 
 Values = dict[str, Any]
 """Nested values of a job's knobs."""
@@ -93,3 +96,46 @@ class Table:
     title: str
     cells: tuple[Cell, ...]
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one run.
+
+    Attributes:
+        seconds: on one GPU, or on one core at the small scale.
+        disk_bytes: that stay.
+    """
+
+    seconds: float
+    disk_bytes: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """One job to be done.
+
+    Attributes:
+        name: of its settings and its log; equal runs have equal names.
+        job: of which script, ``train_classifier``.
+        values: its settings.
+        result: the file that is there when it is done.
+        cost: of all of it.
+        after: names of the runs it needs the results of.
+    """
+
+    name: str
+    job: str
+    values: Values
+    result: Location
+    cost: Cost
+    after: tuple[str, ...] = ()
+
+    @property
+    def is_done(self) -> bool:
+        return self.result.kind() == "file"
+
+    @property
+    def folder(self) -> Location:
+        """Where its results lie."""
+        return replace(self.result, path=self.result.path.rpartition("/")[0])

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.config.presets import merged, presets
-from pipeline.reproduction import published
+from pipeline.reproduction import published_figures
 from pipeline.reproduction.cells import Cell, Classifier, Table, Values
-from pipeline.reproduction.published import Pair, Published
+from pipeline.reproduction.published_figures import Pair, Published
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,13 @@ _SELECTED = (
 def table_2a(size: Size) -> Table:
     """The number of pairs m."""
     cells = []
-    for num_pairs, value in published.PAIRS.items():
+    for num_pairs, value in published_figures.PAIRS.items():
         with_loss = {"drloc": {"num_pairs": num_pairs}}
         cells.append(
             Cell(
                 name=f"m{num_pairs}",
                 words=f"m = {num_pairs}" if num_pairs else "m = 0 (no DRLoc)",
-                published=Published(value, published.SOURCE_2A),
+                published=Published(value, published_figures.SOURCE_2A),
                 recipe=_run(size, _ablated(size), "swin", with_loss if num_pairs else None),
                 base="m0" if num_pairs else None,
             )
@@ -73,14 +73,14 @@ def table_2a(size: Size) -> Table:
 def table_2b(size: Size) -> Table:
     """The loss's weight lambda, by network."""
     cells = []
-    for model, values in published.BY_LAMBDA.items():
-        for weight, value in zip(published.LAMBDAS, values, strict=True):
+    for model, values in published_figures.BY_LAMBDA.items():
+        for weight, value in zip(published_figures.LAMBDAS, values, strict=True):
             with_loss = {"drloc": {"weight": weight}}
             cells.append(
                 Cell(
                     name=f"{model}-lambda{weight:g}",
                     words=f"{_MODELS[model]}, lambda = {weight:g}",
-                    published=Published(value, published.SOURCE_2B),
+                    published=Published(value, published_figures.SOURCE_2B),
                     recipe=_run(size, _ablated(size), model, with_loss if weight else None),
                     base=f"{model}-lambda0" if weight else None,
                 )
@@ -92,11 +92,11 @@ def table_2b(size: Size) -> Table:
 def table_3(size: Size) -> Table:
     """ImageNet-100, 100 and 300 epochs."""
     cells: list[Cell] = []
-    for epochs, by_model in published.IMAGENET100.items():
+    for epochs, by_model in published_figures.IMAGENET100.items():
         for model, pair in by_model.items():
-            spreads = published.SPREADS_100[model] if epochs == 100 else (None, None)
+            spreads = published_figures.SPREADS_100[model] if epochs == 100 else (None, None)
             figures = [
-                Published(value, f"{published.SOURCE_3}, {epochs} epochs", spread)
+                Published(value, f"{published_figures.SOURCE_3}, {epochs} epochs", spread)
                 for value, spread in zip(pair, spreads, strict=True)
             ]
             runs = [_run(size, "imagenet100", model, loss, epochs=epochs) for loss in _OFF_AND_ON]
@@ -108,13 +108,13 @@ def table_3(size: Size) -> Table:
 
 def table_4(size: Size) -> Table:
     """Ten data sets from scratch."""
-    cells = _of_ten(size, published.FROM_SCRATCH, published.SOURCE_4, tuned=False)
+    cells = _of_ten(size, published_figures.FROM_SCRATCH, published_figures.SOURCE_4, tuned=False)
     return Table("DRLoc, Table 4: from scratch", cells, _notes(size))
 
 
 def table_5(size: Size) -> Table:
     """Ten data sets, fine-tuned."""
-    cells = _of_ten(size, published.FINE_TUNED, published.SOURCE_5, tuned=True)
+    cells = _of_ten(size, published_figures.FINE_TUNED, published_figures.SOURCE_5, tuned=True)
     notes = (*_notes(size), "The paper tells no learning rate for fine-tuning: it is our choice.")
     return Table("DRLoc, Table 5: fine-tuned", cells, notes)
 
@@ -128,7 +128,7 @@ def _of_ten(
 ) -> tuple[Cell, ...]:
     cells: list[Cell] = []
     for model, pairs in figures.items():
-        for data, pair in zip(published.CLASSIFIED, pairs, strict=True):
+        for data, pair in zip(published_figures.CLASSIFIED, pairs, strict=True):
             runs = [_run(size, data, model, loss, tuned=tuned) for loss in _OFF_AND_ON]
             told = [Published(value, source) for value in pair]
             cells += _pair(f"{data}-{model}", f"{data}, {_MODELS[model]}", told, runs)

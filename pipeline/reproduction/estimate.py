@@ -8,8 +8,7 @@ from typing import Any
 
 from pipeline.data.classification_sets import SIZES
 from pipeline.reproduction.backbones import BACKBONES
-from pipeline.reproduction.cells import Classifier
-from pipeline.reproduction.run import Cost
+from pipeline.reproduction.cells import Classifier, Cost
 
 # Multiplications of one image (1e9) and weights (1e6), counted by torch's FlopCounterMode.
 _NETWORKS = {

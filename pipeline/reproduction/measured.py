@@ -5,26 +5,28 @@ interval is Student's. Pseudo-boxes have no seed: their CorLoc is resampled over
 differences are paired over them.
 
 Shape letters:  N photos   S seeds   R resamples
+
+A planned table and its finished runs -> the report's lines: the paper's figure beside ours.
 """
 
 import json
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.boxes import as_boxes
-from pipeline.comparison.difference import difference_of
+from pipeline.comparison.difference import difference_of, holm
 from pipeline.errors import DataError
 from pipeline.evaluation.average_precision import average_precision
 from pipeline.evaluation.corloc import THRESHOLD, best_ious, interval_95, resampled_rates
 from pipeline.evaluation.matching import match
 from pipeline.evaluation.predictions import detections, read_predictions
-from pipeline.reproduction.cells import Boxes, Metric
-from pipeline.reproduction.photos import Photos
-from pipeline.reproduction.plan import PlannedCell
-from pipeline.reproduction.run import Run
+from pipeline.reproduction.cells import Boxes, Cell, Metric, Run
+from pipeline.reproduction.inputs import Photos
+from pipeline.reproduction.plan import Plan, PlannedCell
 from pipeline.storage import Location
 
 _ACCURACY = "test/accuracy_selected"
@@ -161,3 +163,88 @@ def _over_photos(hits_N: NDArray[np.bool_], base_N: NDArray[np.bool_]) -> Differ
     low, high = interval_95(100 * (rates_RM[:, 1] - rates_RM[:, 0]))
     value = 100 * float(hits_N.mean() - base_N.mean())
     return Difference(value, (low, high), hits_N.size)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One cell of the report; all numbers in per cent or percentage points.
+
+    Attributes:
+        cell: what was measured.
+        measured: ours; None where nothing is finished.
+        published_gain: the paper's figure minus that of the cell it is compared with.
+        gain: ours, likewise.
+        p_holm: of ``gain``, adjusted for all lines that have one; None without seeds.
+        state: ``ok``, or what is missing.
+        num_photos: that boxes were measured on; None for classifiers.
+    """
+
+    cell: Cell
+    measured: Measured | None
+    published_gain: float | None
+    gain: Difference | None
+    state: str
+    p_holm: float | None = None
+    num_photos: int | None = None
+
+
+def lines_of(plan: Plan, failed: Mapping[str, str], chosen: Sequence[str]) -> list[Line]:
+    """The table's lines, those of earlier runs among them.
+
+    Args:
+        plan: of all cells.
+        failed: why runs failed, by their names.
+        chosen: names of the cells that were to be run.
+    """
+    measured: dict[str, Measured | None] = {}
+    figures = {one.cell.name: one.cell.published for one in plan.cells}
+    lines = []
+    for planned in plan.cells:
+        cell = planned.cell
+        found, state = _measured(planned, failed, cell.name in chosen)
+        measured[cell.name] = found
+        base = measured.get(cell.base) if cell.base else None
+        figure, under = cell.published, figures.get(cell.base or "")
+        lines.append(
+            Line(
+                cell=cell,
+                measured=found,
+                published_gain=figure.value - under.value if figure and under else None,
+                gain=difference(found, base) if found and base else None,
+                state=state,
+                num_photos=None if planned.photos is None else len(planned.photos.uris),
+            )
+        )
+    return _judged_together(lines)
+
+
+def _measured(
+    planned: PlannedCell, failed: Mapping[str, str], chosen: bool
+) -> tuple[Measured | None, str]:
+    """A cell's figure, and what has to be said of it."""
+    if planned.missing:
+        return None, planned.missing
+    reasons = [failed[run.name] for run in planned.runs if run.name in failed]
+    try:
+        found = measure(planned)
+    except DataError as fault:
+        return None, f"cannot be read: {fault}"
+    num_done = sum(run.is_done for run in planned.runs)
+    if num_done == len(planned.runs):
+        return found, "ok"
+    state = f"{num_done} of {len(planned.runs)} runs"
+    if reasons:
+        return found, f"{state}; failed: {reasons[0]}"
+    return found, state if chosen else f"{state}; not asked for (--rows)"
+
+
+def _judged_together(lines: Sequence[Line]) -> list[Line]:
+    tested = [
+        (place, line.gain.p)
+        for place, line in enumerate(lines)
+        if line.gain is not None and line.gain.p is not None
+    ]
+    judged = list(lines)
+    for (place, _), p in zip(tested, holm([p for _, p in tested]), strict=True):
+        judged[place] = replace(judged[place], p_holm=p)
+    return judged

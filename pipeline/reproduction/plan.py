@@ -14,7 +14,7 @@ from pipeline.config import DetectJob, LabelJob, TrainClassifierJob, TrainDetect
 from pipeline.config.presets import merged
 from pipeline.data.pseudo_labels import MANIFEST_NAME, config_hash
 from pipeline.reproduction.backbones import BACKBONES
-from pipeline.reproduction.cells import Boxes, Cell, Classifier, Detections, Split, Values
+from pipeline.reproduction.cells import Boxes, Cell, Classifier, Detections, Run, Split, Values
 from pipeline.reproduction.estimate import (
     Speed,
     boxes_cost,
@@ -22,9 +22,7 @@ from pipeline.reproduction.estimate import (
     detection_cost,
     detector_cost,
 )
-from pipeline.reproduction.photos import Photos, read_photos
-from pipeline.reproduction.places import AtHand
-from pipeline.reproduction.run import Run
+from pipeline.reproduction.inputs import AtHand, Photos, read_photos
 from pipeline.runs.folder import RunFolder
 from pipeline.storage import Location
 

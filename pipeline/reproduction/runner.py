@@ -19,7 +19,7 @@ import yaml
 
 from pipeline.errors import StorageError
 from pipeline.progress import duration
-from pipeline.reproduction.run import Run
+from pipeline.reproduction.cells import Run
 from pipeline.storage import Location
 
 _POLL_SECONDS = 0.2

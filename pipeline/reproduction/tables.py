@@ -1,7 +1,7 @@
 """The tables by name: ``drloc-2a``, ``lost-1`` and so on.
 
 To add a table: a function from a size to a ``Table`` beside those in classifier_tables.py or
-box_tables.py, its figures in published.py, a line here, its name in config/reproduction.py.
+box_tables.py, its figures in reproduction/published_figures.py, a line here, its name in config/reproduction.py.
 """
 
 from collections.abc import Callable, Sequence

@@ -5,8 +5,8 @@ proposals.py             knobs and earlier trials -> the next values
 tuned_job.py             values -> the settings of the job they belong to
 run_trial.py             one trial, from its values to its outcome
 population.py, segment.py   population based training: who copies whom; a part of a run
-localization_sweep.py, feature_cache.py, many_features.py   trials that share forward passes
+localization_sweep.py, feature_cache.py, tuning/feature_cache.py   trials that share forward passes
 trials.py                what was proposed and what came of it, on a disk
 sweep_tracking.py        the same in MLflow
-results.py, pictures.py  the table, the best settings, and which knob matters
+results.py, tuning/results.py  the table, the best settings, and which knob matters
 """

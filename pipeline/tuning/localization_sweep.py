@@ -31,8 +31,15 @@ from pipeline.models.backbones import Weights, load_weights
 from pipeline.models.exported_backbone import network_of_checkpoint
 from pipeline.models.features import NORMALIZATIONS, in_precision, normalize_and_pad, padded_size
 from pipeline.storage import Location
-from pipeline.tuning.feature_cache import BYTES, Batch, FeatureCache, Sample, gib
-from pipeline.tuning.many_features import ManyFeatures, Source
+from pipeline.tuning.feature_cache import (
+    BYTES,
+    Batch,
+    FeatureCache,
+    ManyFeatures,
+    Sample,
+    Source,
+    gib,
+)
 from pipeline.tuning.space import Choice, Space
 
 Tell = Callable[[str], None]

@@ -11,8 +11,8 @@ from torch import nn
 from torchvision.transforms import Compose, Normalize, Resize
 from torchvision.transforms.functional import InterpolationMode
 
-from pipeline.clustering import crops as module
-from pipeline.clustering.crops import CropOptions, crop_size, crop_vectors, cut, seen
+from pipeline.clustering import table_boxes as module
+from pipeline.clustering.table_boxes import CropOptions, crop_size, crop_vectors, cut, seen
 from pipeline.models.dino_vit import ClassTokens
 from pipeline.models.features import NORMALIZATIONS
 

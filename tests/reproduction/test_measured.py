@@ -7,13 +7,11 @@ import numpy as np
 import pytest
 
 from pipeline.errors import DataError
-from pipeline.reproduction.cells import Boxes, Cell, Classifier, Detections
-from pipeline.reproduction.lines import lines_of
-from pipeline.reproduction.measured import difference, measure
-from pipeline.reproduction.photos import Photos
+from pipeline.reproduction.cells import Boxes, Cell, Classifier, Cost, Detections, Run
+from pipeline.reproduction.inputs import Photos
+from pipeline.reproduction.measured import difference, lines_of, measure
 from pipeline.reproduction.plan import Plan, PlannedCell
-from pipeline.reproduction.published import Published
-from pipeline.reproduction.run import Cost, Run
+from pipeline.reproduction.published_figures import Published
 from pipeline.storage import Location
 from tests.evaluation.annotated import truth
 from tests.tables import label_row, write_table

@@ -7,8 +7,7 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import ConfigError, DataError
-from pipeline.reproduction.photos import read_photos
-from pipeline.reproduction.places import AtHand, weights_flag
+from pipeline.reproduction.inputs import AtHand, read_photos, weights_flag
 from pipeline.storage import Location
 
 

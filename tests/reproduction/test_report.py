@@ -8,11 +8,16 @@ from PIL import Image
 from rich.console import Console
 
 from pipeline.reproduction.cells import Cell
-from pipeline.reproduction.lines import Line
-from pipeline.reproduction.measured import Difference, Measured
-from pipeline.reproduction.picture import MOST_LINES, as_png
-from pipeline.reproduction.published import Published
-from pipeline.reproduction.report import Report, as_csv, as_markdown, print_report
+from pipeline.reproduction.measured import Difference, Line, Measured
+from pipeline.reproduction.published_figures import Published
+from pipeline.reproduction.report import (
+    MOST_LINES,
+    Report,
+    as_csv,
+    as_markdown,
+    as_png,
+    print_report,
+)
 
 
 def line(name: str, **more: object) -> Line:

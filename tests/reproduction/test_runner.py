@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.reproduction.run import Cost, Run
+from pipeline.reproduction.cells import Cost, Run
 from pipeline.reproduction.runner import Runner
 from pipeline.storage import Location
 from tests.conftest import ROOT

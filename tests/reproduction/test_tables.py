@@ -9,7 +9,7 @@ from pipeline.config import TrainClassifierJob, TrainDetectorJob
 from pipeline.config.presets import merged, presets
 from pipeline.config.reproduction import TableName
 from pipeline.errors import ConfigError
-from pipeline.reproduction import published
+from pipeline.reproduction import published_figures
 from pipeline.reproduction.backbones import BACKBONES
 from pipeline.reproduction.cells import Boxes, Cell, Classifier, Detections
 from pipeline.reproduction.classifier_tables import Size
@@ -102,7 +102,7 @@ def test_figures_that_several_tables_tell_are_the_same() -> None:
         treated = figure("drloc-4", f"cifar100-{model}-drloc")
         assert treated == figure("drloc-2b", f"{model}-lambda{weight}")
     assert figure("lost-1", "voc12-lost") == figure("lost-3", "voc12-vit-s16") == 64.0
-    assert published.LOST_FEATURES["key"] == published.LOST_ON_DINO[0]
+    assert published_figures.LOST_FEATURES["key"] == published_figures.LOST_ON_DINO[0]
 
 
 def test_the_papers_own_gains() -> None:

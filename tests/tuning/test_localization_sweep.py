@@ -19,9 +19,8 @@ from pipeline.models.backbones import build_backbone, load_weights
 from pipeline.scenes.scenes import write_collection
 from pipeline.storage import Location
 from pipeline.tuning import feature_cache
-from pipeline.tuning.feature_cache import FeatureCache
+from pipeline.tuning.feature_cache import FeatureCache, ManyFeatures, Source
 from pipeline.tuning.localization_sweep import Wanted, fill, measured
-from pipeline.tuning.many_features import ManyFeatures, Source
 from tests.tables import write_table
 
 NANO = "vit_nano_patch8.dino"
