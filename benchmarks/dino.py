@@ -315,7 +315,7 @@ def job_of(settings: Settings, root: Path) -> Job:
     if settings.name is not None:
         flags["model.name"] = settings.name
     return Job(
-        script="pretrain_dino.py",
+        script="cluster/training.py",
         flags=flags,
         batch_size=settings.batch_size,
         threads=settings.job_threads,

@@ -158,7 +158,7 @@ def loop_against_timm_with_data(settings: Settings, root: Path) -> list[Ratio]:
 def job_of(settings: Settings, root: Path) -> Job:
     """(c)"""
     return Job(
-        script="train_classifier.py",
+        script="cluster/training.py",
         flags={
             "data.name": "folder",
             "data.root": str(root),

@@ -16,7 +16,7 @@ from pipeline.config.pretraining import presets
 
 def main(job: PretrainDinoJob) -> int:
     """Run the job; imported late, so that --help and a typo do not wait for torch and Ray."""
-    from pipeline.cluster.pretrain_dino import pretrain_dino
+    from pipeline.cluster.training import pretrain_dino
 
     return pretrain_dino(job)
 

@@ -16,7 +16,7 @@ from pipeline.config.presets import presets
 
 def main(job: TrainClassifierJob) -> int:
     """Run the job; imported late, so that --help and a typo do not wait for torch and Ray."""
-    from pipeline.cluster.train_classifier import train_classifier
+    from pipeline.cluster.training import train_classifier
 
     return train_classifier(job)
 

@@ -3,7 +3,7 @@
     python jobs/tune.py --space tune_spaces/dino.py --base dino.yaml --num-samples 16 \
         --set probe.images=PHOTOS probe.ground_truth=BOXES probe.every=1
 
-Keys are those of pretrain_dino.py. A collapse shows as a CorLoc of the trivial boxes.
+Keys are those of cluster/training.py. A collapse shows as a CorLoc of the trivial boxes.
 """
 
 from ray import tune

@@ -3,7 +3,7 @@
     python jobs/tune.py --space tune_spaces/drloc.py --base-preset small-cifar10-swin \
         --set data.root=data/ --num-samples 32
 
-Keys are those of train_classifier.py. The test images choose nothing here: hold the best settings
+Keys are those of cluster/training.py. The test images choose nothing here: hold the best settings
 against a baseline over seeds (jobs/compare_runs.py).
 """
 

@@ -3,6 +3,10 @@
 The driver holds the run's folder (lease.py) and tells; the workers train (pretraining/) and rank 0
 writes. Checkpoints are ours and not Ray's, so that all three ways resume by the same code: a worker
 group that is restarted, and a driver that is started again, both go on after the last whole epoch.
+
+The door of jobs/train_classifier.py: a classifier's run, its export and its results.
+
+The door of jobs/pretrain_dino.py: a DINO run, and its teacher at the top of the output.
 """
 
 import logging
@@ -13,18 +17,26 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from queue import Empty
 from typing import Any
 
+import safetensors.torch
 import torch
+from rich.console import Console
+from rich.table import Table
 
+from pipeline.classification.run import export_run, train_classifier_here
 from pipeline.cluster.session import count, ray_session
-from pipeline.config import TrainingJob
+from pipeline.config import PretrainDinoJob, TrainClassifierJob, TrainingJob
 from pipeline.errors import ClusterError, ConfigError, PatchseedError
+from pipeline.models.exported_backbone import WEIGHTS, write_backbone
+from pipeline.pretraining.run import pretrain_dino_here
 from pipeline.progress import duration
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.life import Outside, TrainHere
-from pipeline.storage import one_line
+from pipeline.runs.places import require_places, with_absolute_places
+from pipeline.storage import Location, one_line
 from pipeline.training.workers import current_workers
 
 _POLL_SECONDS = 0.2
@@ -281,3 +293,69 @@ def _forward_warnings(lines: Any) -> None:
 def say(line: str) -> None:
     """A line on the driver's terminal, at once."""
     print(line, flush=True)  # noqa: T201
+
+
+def train_classifier(job: TrainClassifierJob) -> int:
+    """Train what ``job`` describes, or go on with it, and tell the results.
+
+    Returns:
+        The exit code: 0.
+
+    Raises:
+        PatchseedError: of the kind that errors.py lists; finished epochs are kept.
+    """
+    job = with_absolute_places(job)
+
+    def check() -> None:
+        require_places(job, but=("data.root",) if job.data.download else ())
+
+    def finish(folder: RunFolder, summary: dict[str, Any]) -> None:
+        if job.export is not None:
+            for line in export_run(folder, Location.parse(job.export), onnx=job.onnx):
+                say(line)
+        _tell_results(summary, folder)
+
+    return run_training(job, train_classifier_here, finish, check)
+
+
+def _tell_results(summary: dict[str, Any], folder: RunFolder) -> None:
+    metrics = summary["metrics"]
+    table = Table()
+    table.add_column("accuracy")
+    table.add_column("selected epoch", justify="right")
+    table.add_column("last epoch", justify="right")
+    for of, selected in (("val", "val/accuracy_best"), ("test", "test/accuracy_selected")):
+        if selected in metrics:
+            last = metrics[f"{of}/accuracy_last"]
+            table.add_row(of, f"{metrics[selected]:.2%}", f"{last:.2%}")
+    Console().print(table)
+    say(f"epoch {metrics['selected_epoch']:.0f} was chosen on {summary['data']['selected_on']}")
+    say(f"model    {folder.place.child('model')}")
+    say(f"figures  {folder.place.child('figures')}")
+    say("compare  python jobs/compare_runs.py --runs " + str(folder.place).rpartition("/")[0])
+
+
+def pretrain_dino(job: PretrainDinoJob) -> int:
+    """Train what ``job`` describes, or go on with it.
+
+    Returns:
+        The exit code: 0.
+
+    Raises:
+        PatchseedError: of the kind that errors.py lists; finished epochs are kept.
+    """
+    job = with_absolute_places(job)
+
+    def finish(folder: RunFolder, summary: dict[str, Any]) -> None:
+        target = Location.parse(job.output)
+        content = folder.place.child("model").child(WEIGHTS).read_bytes()
+        state = safetensors.torch.load(content)
+        write_backbone(state, target, name=job.model.name, made_by=summary, half=job.half)
+        teacher = target.child(WEIGHTS)
+        say(f"teacher  {teacher}")
+        say(
+            f"label    python jobs/label_images.py --backbone.checkpoint {teacher} "
+            "--images ... --output ..."
+        )
+
+    return run_training(job, pretrain_dino_here, finish, partial(require_places, job))

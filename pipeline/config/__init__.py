@@ -8,8 +8,8 @@ plain arguments, so nothing below the jobs, the cluster room and the doors impor
     settings.py         what all groups share
     labelling/labeller.py        label_images, evaluate_boxes, draw_boxes, demo
     clustering.py       cluster_boxes
-    training.py         what all training jobs share
-    classifier_groups.py, classification.py   train_classifier, compare_runs
+    config/settings.py         what all training jobs share
+    config/classification.py, classification.py   train_classifier, compare_runs
     pretraining.py      pretrain_dino
     detection.py        train_detector, detect_images
     reproduction.py     reproduce
@@ -17,13 +17,14 @@ plain arguments, so nothing below the jobs, the cluster room and the doors impor
     presets.py          the papers' rows and the published recipes, as values of those knobs
 """
 
-from pipeline.config.classification import CompareJob, TrainClassifierJob
-from pipeline.config.classifier_groups import (
+from pipeline.config.classification import (
     AugmentConfig,
     ClassifierConfig,
+    CompareJob,
     DataConfig,
     DRLocConfig,
     OptimConfig,
+    TrainClassifierJob,
 )
 from pipeline.config.clustering import ClusterJob, TokenBackboneConfig
 from pipeline.config.detection import DetectJob, DetectorConfig, TrainDetectorJob
@@ -40,8 +41,7 @@ from pipeline.config.labelling import (
 )
 from pipeline.config.pretraining import PretrainDinoJob
 from pipeline.config.reproduction import ReproduceJob
-from pipeline.config.settings import Settings, TrackedSettings, flatten
-from pipeline.config.training import TrainingJob
+from pipeline.config.settings import Settings, TrackedSettings, TrainingJob, flatten
 from pipeline.config.tuning import TuneJob
 
 __all__ = [

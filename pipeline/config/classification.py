@@ -1,18 +1,268 @@
-"""The jobs that train a classifier with DRLoc and that compare such runs."""
+"""The jobs that train a classifier with DRLoc and that compare such runs.
 
-from typing import Annotated, Any, ClassVar
+The knobs of a classifier in groups: data, network, DRLoc, optimiser, augmentation.
 
-from pydantic import Field, model_validator
+The defaults are the ``sane`` recipe: native resolution, an annealed schedule, a batch that leaves
+small data sets enough steps. The papers' rows and the published recipes are in presets.py.
+"""
 
-from pipeline.config.classifier_groups import (
-    AugmentConfig,
-    ClassifierConfig,
-    DataConfig,
-    DRLocConfig,
-    OptimConfig,
+from typing import Annotated, Any, ClassVar, Literal
+
+import yaml
+from pydantic import Field, field_validator, model_validator
+
+from pipeline.config.settings import (
+    Below1,
+    Count,
+    Fraction,
+    NonNegative,
+    Positive,
+    PositiveInt,
+    Probability,
+    Settings,
+    TrainingJob,
+    flatten,
 )
-from pipeline.config.settings import PositiveInt, Settings, flatten
-from pipeline.config.training import TrainingJob
+from pipeline.storage import one_line
+
+DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")
+
+DataName = Literal[
+    "imagenet",
+    "imagenet100",
+    "cifar10",
+    "cifar100",
+    "svhn",
+    "flowers102",
+    "domainnet-clipart",
+    "domainnet-infograph",
+    "domainnet-painting",
+    "domainnet-quickdraw",
+    "domainnet-real",
+    "domainnet-sketch",
+    "folder",
+    "parquet",
+]
+Tap = Literal["pre_norm", "post_norm"]
+Pooling = Literal["none", "mean_2x2", "overlap_3x3"]
+
+
+class DataConfig(Settings):
+    """Which labelled images, and which of them are looked at when."""
+
+    name: DataName
+    """A known data set (its sizes are checked), 'folder' (ImageFolder layout) or 'parquet' (bytes
+    and label)."""
+
+    root: str
+    """Where its files lie; for several machines, on storage they all see."""
+
+    download: bool = False
+    """Fetch the files first, where torchvision can (cifar10, cifar100, svhn, flowers102)."""
+
+    train_per_class: PositiveInt | None = None
+    """Train on so many labelled images of each class only; None takes all."""
+
+    validation_fraction: Below1 = 0.1
+    """Part of the training images set apart to choose the best epoch; 0 only with
+    --data.select-on-test."""
+
+    select_on_test: bool = False
+    """Choose the best epoch on the test set, as the paper did: its numbers are then optimistic."""
+
+    loader_workers: Count | None = None
+    """Processes per worker that decode and augment; 0 does it in the training process. None is 4,
+    or as many as there are cores."""
+
+    max_bad_fraction: Probability = 0.05
+    """Unreadable images are replaced by others of their class, and told; more than these end it."""
+
+    cache_mib: Count = 1024
+    """Decoded images of one size are kept in memory if they take no more than this."""
+
+    @model_validator(mode="after")
+    def _something_selects(self) -> "DataConfig":
+        if self.validation_fraction == 0 and not self.select_on_test:
+            raise ValueError(
+                "--data.validation-fraction must be above 0 or the best epoch chosen on the test "
+                "set with --data.select-on-test, got 0"
+            )
+        return self
+
+
+class ClassifierConfig(Settings):
+    """Which network, and where its weights start."""
+
+    name: str = "swin_tiny_patch4_window7_224"
+    """Any timm classifier, or cvt_13, cvt_13_paper, t2t_vit_14."""
+
+    image_size: Annotated[int, Field(ge=8, le=1024)] | None = None
+    """Side of the square the network sees; None is the data set's own (32 for CIFAR and SVHN)."""
+
+    patch_size: PositiveInt | None = None
+    """Stride of the first layer, the stem for small images; None is the architecture's own."""
+
+    options: str = ""
+    """Further arguments of the architecture, as YAML: '{embed_dim: 48, depths: [2, 2, 2]}'."""
+
+    drop_path: Below1 = 0.1
+    """Stochastic depth: the rate of the last block."""
+
+    tap: Tap | None = None
+    """Whether DRLoc sees the last tokens before or after the final norm; None is as released."""
+
+    pretrained: bool = False
+    """Fine-tune: start from the weights timm publishes under the name (give it with its tag)."""
+
+    checkpoint: str | None = None
+    """Fine-tune: start from this .safetensors or .pth file."""
+
+    sync_batch_norm: bool = False
+    """GPU only: batch statistics over all workers."""
+
+    @field_validator("options")
+    @classmethod
+    def _options_are_a_mapping(cls, text: str) -> str:
+        try:
+            values = yaml.safe_load(text) if text.strip() else {}
+        except yaml.YAMLError as fault:
+            shown = one_line(fault)
+            raise ValueError(f"options must be YAML such as '{{dim: 48}}' ({shown})") from None
+        if not isinstance(values, dict):
+            raise ValueError("options must be names and values, such as '{embed_dim: 48}'")
+        return text
+
+    def option_values(self) -> dict[str, Any]:
+        """``options`` as a mapping."""
+        values: dict[str, Any] = yaml.safe_load(self.options) if self.options.strip() else {}
+        return values
+
+
+class DRLocConfig(Settings):
+    """Dense relative localization (Liu et al., NeurIPS 2021): beside the labels, guess offsets."""
+
+    weight: NonNegative = 0.5
+    """lambda; 0 is the paired baseline: same seeds, same data order, same augmentation. The paper:
+    0.5 for Swin, 0.1 for CvT and T2T, with --drloc.reduction mean and --drloc.normalize none."""
+
+    schedule: Literal["constant", "ramp", "ramp_decay"] = "ramp_decay"
+    """lambda over the epochs: constant (the paper's text), or rising over ramp_epochs and then kept
+    or falling to 0 at the schedule's end (the released code)."""
+
+    ramp_epochs: Count | None = None
+    """Epochs over which lambda rises from 0; None is as long as the learning rate's warm-up."""
+
+    num_pairs: PositiveInt = 64
+    """m: pairs of tokens drawn for each image."""
+
+    mode: Literal["l1", "ce", "cbr"] = "l1"
+    """Regress the offset, classify it, or classify with a variance (L_drloc, L^ce, L^reg)."""
+
+    signed: bool = False
+    """Guess signed offsets instead of distances."""
+
+    normalize: Literal["none", "side", "side_minus_one"] = "none"
+    """Unit of the targets: cells (released code), grid sides (Eq. 1), or sides less one."""
+
+    reduction: Literal["mean", "paper"] = "mean"
+    """Mean over images, pairs and axes (released code), or Eq. 2: the axes summed. At the same
+    lambda and normalize=side, 'paper' is 2/side of 'mean' with none."""
+
+    pooling: Pooling = "mean_2x2"
+    """What makes a grid coarse that has 14 cells or more on a side: 2 x 2 mean (the paper's text),
+    or 3 x 3 with stride 2 (released code). Coarser grids stay as they are."""
+
+    stages: tuple[int, ...] = (-1,)
+    """Stages whose grids get a head; the paper's multi-scale variant takes all."""
+
+    hidden_dim: PositiveInt = 512
+    """Width of the MLP."""
+
+    num_hidden: PositiveInt = 2
+    """Hidden layers of the MLP."""
+
+
+class OptimConfig(Settings):
+    """How the weights move."""
+
+    kind: Literal["adamw", "sgd"] = "adamw"
+    """AdamW, or SGD with Nesterov momentum."""
+
+    lr: Positive = 5e-4
+    """Peak learning rate for lr_batch images."""
+
+    lr_batch: PositiveInt | None = 512
+    """The batch that lr is meant for; it is scaled linearly to the real one. None: not scaled."""
+
+    warmup_lr: NonNegative = 5e-7
+    """Learning rate of the first step; scaled like lr."""
+
+    min_lr: NonNegative = 5e-6
+    """Learning rate at the cosine's end; scaled like lr."""
+
+    warmup_epochs: NonNegative = 10.0
+    """Epochs of linear warm-up."""
+
+    one_step_late: bool = False
+    """Set each learning rate one step late, as the released code (and Swin's) does."""
+
+    cooldown_epochs: Count = 0
+    """Last epochs at min_lr; they are part of --epochs."""
+
+    weight_decay: NonNegative = 0.05
+    """Not on biases, norms, positions and class tokens."""
+
+    betas: tuple[Below1, Below1] = (0.9, 0.999)
+    """AdamW's; SGD takes the first as its momentum."""
+
+    clip: NonNegative = 5.0
+    """Norm that the gradient of the whole batch is clipped to; 0 does not clip."""
+
+    accumulate: PositiveInt = 1
+    """Parts that each worker's share of a batch is computed in; the step is the same."""
+
+    layer_decay: Fraction = 1.0
+    """Fine-tuning: learning rate of each layer relative to the one above; 1 is off."""
+
+    backbone_lr_ratio: Fraction = 1.0
+    """Fine-tuning: learning rate of all but the classifier layer (T2T's transfer: 0.01)."""
+
+    ema_decay: Below1 = 0.0
+    """Average of the weights that is evaluated and exported in their place; 0 is off."""
+
+
+class AugmentConfig(Settings):
+    """What is done to an image on its way to the network."""
+
+    crop: Literal["random_resized", "pad"] | None = None
+    """Random resized crops, or shifts by an eighth; None is shifts for 64 px and below."""
+
+    min_scale: Fraction = 0.08
+    """Smallest part of the image a random resized crop keeps."""
+
+    hflip: Literal["unless_digits", "always", "never"] = "unless_digits"
+    """Whether half of the images are mirrored; digits become others."""
+
+    rand_augment: str | None = "rand-m9-mstd0.5-inc1"
+    """timm's RandAugment; None is off."""
+
+    color_jitter: NonNegative = 0.4
+    """Only without rand_augment."""
+
+    random_erasing: Probability = 0.25
+    """Probability that a patch is replaced by noise."""
+
+    mixup: NonNegative = 0.8
+    """Mixup's alpha; 0 is off."""
+
+    cutmix: NonNegative = 1.0
+    """CutMix's alpha; 0 is off."""
+
+    label_smoothing: Below1 = 0.1
+    """Part of the target that is spread over all classes."""
+
+    normalize: Literal["imagenet", "half"] = "imagenet"
+    """Input normalisation: ImageNet's mean and deviation, or 0.5 and 0.5."""
 
 
 class TrainClassifierJob(TrainingJob):

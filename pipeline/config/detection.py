@@ -5,8 +5,17 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from pipeline.config.labelling import BulkJob, ComputeConfig, ImagesConfig
-from pipeline.config.settings import PositiveInt, Settings, flatten
-from pipeline.config.training import Below1, Count, NonNegative, Positive, Probability, TrainingJob
+from pipeline.config.settings import (
+    Below1,
+    Count,
+    NonNegative,
+    Positive,
+    PositiveInt,
+    Probability,
+    Settings,
+    TrainingJob,
+    flatten,
+)
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Side = Annotated[int, Field(ge=16, le=16_384)]

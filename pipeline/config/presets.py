@@ -12,7 +12,7 @@ backbones' own training scripts.
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from pipeline.config.classifier_groups import DOMAINS
+from pipeline.config.classification import DOMAINS
 
 Values = dict[str, Any]
 

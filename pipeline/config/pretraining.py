@@ -4,8 +4,17 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from pipeline.config.settings import PositiveInt, Settings, flatten
-from pipeline.config.training import Below1, Count, NonNegative, Positive, Probability, TrainingJob
+from pipeline.config.settings import (
+    Below1,
+    Count,
+    NonNegative,
+    Positive,
+    PositiveInt,
+    Probability,
+    Settings,
+    TrainingJob,
+    flatten,
+)
 
 Temperature = Annotated[float, Field(gt=0, le=1)]
 

@@ -4,8 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from pipeline.config.settings import PositiveInt, Settings, TrackedSettings
-from pipeline.config.training import Count, Positive
+from pipeline.config.settings import Count, Positive, PositiveInt, Settings, TrackedSettings
 
 TableName = Literal[
     "drloc-2a",

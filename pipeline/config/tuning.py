@@ -4,8 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.settings import PositiveInt, Seed, TrackedSettings
-from pipeline.config.training import Count
+from pipeline.config.settings import Count, PositiveInt, Seed, TrackedSettings
 
 Searcher = Literal["random", "grid", "tpe"]
 Scheduler = Literal["none", "asha", "pbt"]

@@ -5,7 +5,7 @@ To add a figure: a value here, and the row that shows it in classifier_tables.py
 
 from dataclasses import dataclass
 
-from pipeline.config.classifier_groups import DOMAINS
+from pipeline.config.classification import DOMAINS
 
 _DRLOC = "Liu et al., NeurIPS 2021"
 LOST_PAPER = "Simeoni et al., BMVC 2021 (LOST's repository)"

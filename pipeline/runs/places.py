@@ -10,7 +10,7 @@ from operator import attrgetter
 from typing import Any, TypeVar
 
 from pipeline.config.settings import Place, Settings
-from pipeline.config.training import TrainingJob
+from pipeline.config.settings import TrainingJob
 from pipeline.data.labelled_folders import is_archive
 from pipeline.data.lake import Collection
 from pipeline.storage import Location
