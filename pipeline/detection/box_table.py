@@ -280,7 +280,7 @@ def merge_boxes(first: BoxTable, found: BoxTable, *, iou: float = 0.5) -> BoxTab
     if not 0 < iou <= 1:
         raise ValueError(f"iou must be in (0, 1], got {iou}")
     ids, found_ids = _ids(first), _ids(found)
-    there_N = _numbers(pc.index_in(ids, value_set=found_ids))
+    there_N = _positions(pc.index_in(ids, value_set=found_ids))
     _check_sizes(first, found, there_N)
     num_found_N = np.where(there_N >= 0, np.diff(found.bounds)[there_N], 0)
     owner_M = np.repeat(np.arange(len(first)), np.diff(first.bounds))
@@ -292,7 +292,7 @@ def merge_boxes(first: BoxTable, found: BoxTable, *, iou: float = 0.5) -> BoxTab
         iou,
     )
     # Numbers of images in both tables together: those of `first`, then the others of `found`.
-    here_N = _numbers(pc.index_in(found_ids, value_set=ids))
+    here_N = _positions(pc.index_in(found_ids, value_set=ids))
     new_K = np.flatnonzero(here_N < 0)
     here_N[new_K] = len(first) + np.arange(len(new_K))
     found_owner_M = np.repeat(here_N, np.diff(found.bounds))
@@ -384,6 +384,6 @@ def _places(table: BoxTable) -> str:
     return " + ".join(source.place for source in table.sources) or "the table"
 
 
-def _numbers(positions: pa.Array) -> NDArray[np.int64]:
+def _positions(positions: pa.Array) -> NDArray[np.int64]:
     """Positions, -1 for null."""
     return np.array(pc.fill_null(positions, -1).to_numpy(zero_copy_only=False), np.int64)
