@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from pipeline.detection.box_transform import BoxTransform, fixed_size
+from pipeline.detection.box_loader import BoxTransform, fixed_size
 from pipeline.detection.detector import Detector, build_detector
 from pipeline.detection.options import DetectorOptions
 from pipeline.detection.predictor import Predictor

@@ -14,7 +14,7 @@ from PIL import Image
 
 from pipeline.boxes import clip, rescale
 from pipeline.data.labelled_images import decode_rgb
-from pipeline.detection.box_transform import BoxTransform, resized_size
+from pipeline.detection.box_loader import BoxTransform, resized_size
 from pipeline.detection.detector import Detector
 from pipeline.evaluation.predictions import Detections
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.config import TrainDetectorJob
 from pipeline.detection.batch_norm import precise_bn
-from pipeline.detection.box_transform import fixed_size
+from pipeline.detection.box_loader import fixed_size
 from pipeline.detection.detector import Detector
 from pipeline.detection.exported_detector import TestSize, write_detector
 from pipeline.detection.predictor import Predictor

@@ -13,10 +13,9 @@ from pipeline.config import TrainDetectorJob
 from pipeline.data.loader import LoaderOptions, num_loaders
 from pipeline.data.seeding import key_of
 from pipeline.detection.batch_norm import fused
-from pipeline.detection.box_loader import BoxLoader, train_box_loader
+from pipeline.detection.box_loader import BoxLoader, BoxTransform, train_box_loader
 from pipeline.detection.box_sampler import BucketBatchSampler
 from pipeline.detection.box_table import BoxTable, merge_boxes, read_box_table
-from pipeline.detection.box_transform import BoxTransform
 from pipeline.detection.detector import Detector, build_detector, default_options, initialise
 from pipeline.detection.exported_detector import CONFIG, read_detector
 from pipeline.detection.options import DetectorOptions

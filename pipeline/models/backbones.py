@@ -6,7 +6,7 @@
 To add a backbone: a plain timm ViT needs nothing; other names and weights: ``models/published_weights.py``. A
 convolutional network gets a name in ``CNNS`` there and a case in ``_cnn``.
 To add a classifier: timm's need nothing; a network of our own gets a name in ``OWN_CLASSIFIERS``
-(``own_classifiers.py``). This file and ``models/published_weights.py`` alone import timm.
+(``models/model_options.py``). This file and ``models/published_weights.py`` alone import timm.
 """
 
 import inspect
@@ -41,14 +41,16 @@ from pipeline.models.feature_maps import (
 from pipeline.models.features import FeatureExtractor
 from pipeline.models.grid_classifier import GridClassifier
 from pipeline.models.model_options import (
+    OWN_CLASSIFIERS,
     STANDARD_SIDE,
     ModelOptions,
+    build_own,
     check_ranges,
     cut_stem,
+    fetch_own,
     image_size,
     timm_arguments,
 )
-from pipeline.models.own_classifiers import OWN_CLASSIFIERS, build_own, fetch_own
 from pipeline.models.published_weights import (
     CNNS,
     architecture,

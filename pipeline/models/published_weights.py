@@ -15,7 +15,7 @@ from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
 from pipeline.errors import ConfigError, WeightsError
 from pipeline.models.features import NORMALIZATIONS
 from pipeline.models.hub import fetch_from_hub, fetch_url
-from pipeline.models.own_classifiers import OWN_CLASSIFIERS
+from pipeline.models.model_options import OWN_CLASSIFIERS
 
 CNNS = ("resnet50.dino", "resnet50.tv_in1k", "vgg16.tv_in1k")
 """Backbones that are no ViTs; they have one feature, their last map at stride 16."""

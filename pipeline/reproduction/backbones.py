@@ -1,6 +1,6 @@
 """The backbones of the localization tables: what they are called, and which files hold them.
 
-To add one: a line in ``BACKBONES``, and its rows in box_tables.py.
+To add one: a line in ``BACKBONES``, and its rows in reproduction/tables.py.
 """
 
 from dataclasses import dataclass, field

@@ -12,14 +12,13 @@ from pipeline.errors import AllTrialsFailed
 from pipeline.lease import Lease
 from pipeline.progress import duration
 from pipeline.reproduction.cells import Run, Table, Values
-from pipeline.reproduction.classifier_tables import Size
 from pipeline.reproduction.estimate import ONE_CORE, ONE_GPU, Speed
 from pipeline.reproduction.inputs import AtHand, weights_flag
 from pipeline.reproduction.measured import lines_of, result_of
 from pipeline.reproduction.plan import LISTS, Choices, Plan, plan_cells
 from pipeline.reproduction.report import Report, as_csv, as_markdown, as_png, print_report
 from pipeline.reproduction.runner import Runner, local_folder
-from pipeline.reproduction.tables import TABLES, chosen_cells
+from pipeline.reproduction.tables import TABLES, Size, chosen_cells
 from pipeline.storage import Location
 from pipeline.tracking.tracker import absolute_tracking_uri
 

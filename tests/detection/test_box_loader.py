@@ -26,10 +26,10 @@ from pipeline.detection.box_loader import (
     fixed_size,
     pack_samples,
     read_box_table,
+    resized_size,
     train_box_loader,
 )
 from pipeline.detection.box_sampler import BucketBatchSampler
-from pipeline.detection.box_transform import resized_size
 from pipeline.errors import DataError
 from pipeline.storage import Location
 from tests.data.pictures import encode

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.detection.box_transform import BoxTransform, resized_size
+from pipeline.detection.box_loader import BoxTransform, resized_size
 from pipeline.errors import ConfigError
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipeline.data.pixels import load_pixels
 from pipeline.data.pseudo_labels import SCHEMA
-from pipeline.detection.box_transform import fixed_size
+from pipeline.detection.box_loader import fixed_size
 from pipeline.detection.detector import Detector, build_detector, default_options
 from pipeline.detection.labeller import DetectionLabeller, method_of
 from pipeline.detection.predictor import Predictor

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError, WeightsError
-from pipeline.models import own_classifiers
+from pipeline.models import model_options
 from pipeline.models.backbones import Weights, build_model, load_classifier_weights
 from pipeline.models.t2t_vit import PUBLISHED_SCALE, T2tVit
 
@@ -246,8 +246,8 @@ def test_names_are_fetched_from_where_they_are_published(
         asked.append(wanted)
         return path
 
-    monkeypatch.setattr(own_classifiers, "fetch_from_hub", fetch)
-    monkeypatch.setattr(own_classifiers, "fetch_url", fetch)
+    monkeypatch.setattr(model_options, "fetch_from_hub", fetch)
+    monkeypatch.setattr(model_options, "fetch_url", fetch)
     load_classifier_weights("cvt_13", None)
     load_classifier_weights("t2t_vit_14", None)
     assert asked[0] == ("cvt_13", "microsoft/cvt-13", None)

@@ -8,9 +8,8 @@ from pipeline.config import TrainClassifierJob
 from pipeline.config.presets import merged
 from pipeline.models.backbones import build_model
 from pipeline.reproduction.cells import Classifier
-from pipeline.reproduction.classifier_tables import Size
 from pipeline.reproduction.estimate import _NETWORKS
-from pipeline.reproduction.tables import TABLES
+from pipeline.reproduction.tables import TABLES, Size
 
 
 @pytest.mark.parametrize("scale", ["paper", "small"])

@@ -8,11 +8,10 @@ import pytest
 
 from pipeline.errors import DataError
 from pipeline.reproduction.cells import Classifier
-from pipeline.reproduction.classifier_tables import Size
 from pipeline.reproduction.estimate import ONE_CORE, Speed, classifier_cost
 from pipeline.reproduction.inputs import AtHand
 from pipeline.reproduction.plan import Choices, Plan, plan_cells
-from pipeline.reproduction.tables import TABLES
+from pipeline.reproduction.tables import TABLES, Size
 from pipeline.storage import Location
 
 

@@ -12,8 +12,7 @@ from pipeline.errors import ConfigError
 from pipeline.reproduction import published_figures
 from pipeline.reproduction.backbones import BACKBONES
 from pipeline.reproduction.cells import Boxes, Cell, Classifier, Detections
-from pipeline.reproduction.classifier_tables import Size
-from pipeline.reproduction.tables import TABLES, chosen_cells
+from pipeline.reproduction.tables import TABLES, Size, chosen_cells
 
 SIZES = [Size("small"), *(Size("paper", recipe) for recipe in ("sane", "reference", "paper"))]
 
