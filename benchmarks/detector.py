@@ -50,7 +50,7 @@ from pipeline.data.lake import Collection
 from pipeline.data.pixels import load_pixels
 from pipeline.detection.c4 import BackboneName
 from pipeline.detection.labeller import METHOD, DetectionLabeller
-from pipeline.detection.options import Kind
+from pipeline.detection.options import DetectorKind
 from pipeline.labelling.rows import decoded_images
 from pipeline.models.features import in_precision
 from pipeline.training.workers import Workers
@@ -64,7 +64,7 @@ class Settings:
     """What to measure."""
 
     parts: tuple[Part, ...] = ("a", "b", "c")
-    kinds: tuple[Kind, ...] = ("c4", "fpn", "nano")
+    kinds: tuple[DetectorKind, ...] = ("c4", "fpn", "nano")
     """Of (a) and (b)."""
     backbone: BackboneName = "resnet18"
     """Of c4 and fpn; nano has its own."""
@@ -89,7 +89,7 @@ class Settings:
     ray_blocks: int = 6
     """Blocks of as many images that the Ray job of (b) is given, beside one for each actor."""
     ray_rounds: int = 2
-    job_kind: Kind = "nano"
+    job_kind: DetectorKind = "nano"
     """Of (c): the quickest step, so that Ray counts most."""
     job_steps: int = 30
     job_windows: int = 5
@@ -98,7 +98,7 @@ class Settings:
     job_rounds: int = 2
     output: Path = Path("benchmarks/results/detector.json")
 
-    def plan(self, kind: Kind) -> Plan:
+    def plan(self, kind: DetectorKind) -> Plan:
         """What is measured of a kind."""
         return Plan(
             kind,
@@ -110,12 +110,12 @@ class Settings:
             self.precision,
         )
 
-    def often(self, kind: Kind) -> int:
+    def often(self, kind: DetectorKind) -> int:
         """How much more of it makes a round of equal length."""
         return 10 if kind == "nano" else 1
 
 
-def step_against_torchvision(settings: Settings, kind: Kind, root: Path) -> list[Ratio]:
+def step_against_torchvision(settings: Settings, kind: DetectorKind, root: Path) -> list[Ratio]:
     """(a)"""
     plan, steps = settings.plan(kind), settings.steps * settings.often(kind)
     ours = OurTraining(plan.job(root), Workers(0, 1, plan.device), steps)
@@ -152,7 +152,7 @@ class BareForward:
                 predictor.detector(batch)
 
 
-def detecting_against_forward(settings: Settings, kind: Kind, root: Path) -> list[Ratio]:
+def detecting_against_forward(settings: Settings, kind: DetectorKind, root: Path) -> list[Ratio]:
     """(b)"""
     plan, num_images = settings.plan(kind), settings.detect_images * settings.often(kind)
     files = Collection(str(root / "scenes" / "images"))

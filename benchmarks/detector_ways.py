@@ -1,6 +1,6 @@
 """A detector trained in two ways, ours and torchvision's, and what detecting costs in Ray.
 
-To measure another kind: a name in ``pipeline.detection.options.Kind`` is enough, unless torchvision
+To measure another kind: a name in ``pipeline.detection.options.DetectorKind`` is enough, unless torchvision
 wants other arguments for it (``stock``).
 
 Shape letters:  M boxes of all images
@@ -29,7 +29,7 @@ from pipeline.data.pseudo_labels import SCHEMA
 from pipeline.detection.c4 import STRIDES, BackboneName
 from pipeline.detection.detector import Detector, build_detector
 from pipeline.detection.exported_detector import StoredDetector, TestSize
-from pipeline.detection.options import DetectorOptions, Kind, default_options
+from pipeline.detection.options import DetectorKind, DetectorOptions, default_options
 from pipeline.detection.setup import set_up
 from pipeline.detection.task import canvas_of, inputs_of
 from pipeline.labelling.rows import Provenance
@@ -52,7 +52,7 @@ PROVENANCE = Provenance("benchmark", "", "")
 class Plan:
     """Which detector on images of which size; all ways start from the same weights."""
 
-    kind: Kind
+    kind: DetectorKind
     backbone: BackboneName
     """``nano`` has its own."""
 

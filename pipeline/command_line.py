@@ -29,8 +29,7 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
-from pipeline.errors import ConfigError, PatchseedError
-from pipeline.storage import one_line, without_secrets
+from pipeline.errors import ConfigError, PatchseedError, one_line, without_secrets
 
 Job = TypeVar("Job", bound=BaseModel)
 

@@ -19,6 +19,8 @@ A message is one line: what is wrong, the legal range, the value found, and what
 | 141 | who read the output went away, as `| head` does; nothing is printed |
 """
 
+import re
+
 
 class PatchseedError(Exception):
     """A fault the user can mend; the message says how."""
@@ -72,3 +74,17 @@ class AllTrialsFailed(PatchseedError):
     """No trial of a sweep came to its end; its table holds the reason of each."""
 
     exit_code = 9
+
+
+def one_line(fault: BaseException | str, limit: int = 300) -> str:
+    """An exception's message on one line, shortened."""
+    text = " ".join(str(fault).split()) or type(fault).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def without_secrets(text: str) -> str:
+    """``text`` with user:password@, signed queries and AWS keys blotted out."""
+    # A secret key may itself hold a slash, so a colon reaches over slashes to the last @.
+    text = re.sub(r"(?<=://)([^/@:\s]*:\S*|[^/@\s]*)@", "***@", text)
+    signed = r"((?:X-Amz-|X-Goog-|AWS|Signature)[A-Za-z_-]*=)[^&\s]+"
+    return re.sub(signed, r"\1***", text, flags=re.IGNORECASE)

@@ -24,7 +24,7 @@ from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from pyarrow import fs
 
-from pipeline.errors import ConfigError, DataError, StorageError
+from pipeline.errors import ConfigError, DataError, StorageError, one_line, without_secrets
 
 LOCAL_SCHEMES = ("", "file")
 REMOTE_SCHEMES = ("s3", "gs", "gcs")
@@ -280,20 +280,6 @@ def _flush_to_disk(path: str) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def one_line(fault: BaseException | str, limit: int = 300) -> str:
-    """An exception's message on one line, shortened."""
-    text = " ".join(str(fault).split()) or type(fault).__name__
-    return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-def without_secrets(text: str) -> str:
-    """``text`` with user:password@, signed queries and AWS keys blotted out."""
-    # A secret key may itself hold a slash, so a colon reaches over slashes to the last @.
-    text = re.sub(r"(?<=://)([^/@:\s]*:\S*|[^/@\s]*)@", "***@", text)
-    signed = r"((?:X-Amz-|X-Goog-|AWS|Signature)[A-Za-z_-]*=)[^&\s]+"
-    return re.sub(signed, r"\1***", text, flags=re.IGNORECASE)
 
 
 def _refuse_secrets_and_options(scheme: str, rest: str) -> None:

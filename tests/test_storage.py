@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import ConfigError, StorageError
-from pipeline.storage import Location, file_uri, one_line, split_uri, without_secrets
+from pipeline.errors import ConfigError, StorageError, one_line, without_secrets
+from pipeline.storage import Location, file_uri, split_uri
 
 CANARY = "wJalrXUtnFEMI/K7MDENG"
 

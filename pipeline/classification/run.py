@@ -68,11 +68,11 @@ def train_classifier_here(
         shown = partial(_shown, floor_cells=_floor_cells(setup))
         telling = Telling(_tags(job), describe_lines(setup), setup.data.describe(), shown)
         record = open_record(job, folder, setup, outside, telling)
-    return _Run(job, folder, workers, outside, setup, record).train()
+    return _ClassifierRun(job, folder, workers, outside, setup, record).train()
 
 
 @dataclass
-class _Run(TrainingRun):
+class _ClassifierRun(TrainingRun):
     """Validation, and the model of the best epoch at the end."""
 
     job: TrainClassifierJob

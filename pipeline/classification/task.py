@@ -29,7 +29,7 @@ from pipeline.training.loop import Losses, Part, StepKey
 from pipeline.training.workers import Workers
 
 
-class Inputs(NamedTuple):
+class ClassInputs(NamedTuple):
     """What one forward pass is computed from, on the device."""
 
     images_B3HW: Tensor
@@ -120,7 +120,7 @@ class SupervisedTask:
             strict=True,
         )
         return [
-            Part(Inputs(images, targets, tuple(pairs)), len(images), batch.num_global)
+            Part(ClassInputs(images, targets, tuple(pairs)), len(images), batch.num_global)
             for images, targets, *pairs in of_each
         ]
 

@@ -25,13 +25,13 @@ from pipeline.cluster.recipes import Recipe
 from pipeline.config import BulkJob, flatten
 from pipeline.data.lake import Listing
 from pipeline.data.pseudo_labels import Manifest, config_hash, iterate_labels
-from pipeline.errors import ConfigError, TooManyBadImages
+from pipeline.errors import ConfigError, TooManyBadImages, without_secrets
 from pipeline.gallery.gallery import sheet_of_boxes
 from pipeline.labelling.rows import Provenance
 from pipeline.labelling.run import LabelPass, LabelRun, open_run
 from pipeline.lease import Lease
 from pipeline.progress import ProgressReporter
-from pipeline.storage import Location, without_secrets
+from pipeline.storage import Location
 from pipeline.tracking.tracker import Tracker, absolute_uri, start_tracker
 
 # Metrics go to MLflow at this pace: a curve people can read, not a point per block.

@@ -20,10 +20,9 @@ from pipeline.cluster.block_tasks import CommitBlock, LoadBlock, Receipt, receip
 from pipeline.cluster.recipes import Recipe
 from pipeline.cluster.session import count, ray_session
 from pipeline.config import ComputeConfig, ImagesConfig
-from pipeline.errors import ClusterError
+from pipeline.errors import ClusterError, one_line
 from pipeline.labelling.rows import Provenance
 from pipeline.labelling.run import LabelPass
-from pipeline.storage import one_line
 
 # Without GPUs actors and decoding share the cores. An actor reserves less than the cores it works
 # on, so that reading, decoding and writing always find a slot beside a full set of actors.

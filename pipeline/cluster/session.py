@@ -10,8 +10,7 @@ from contextlib import contextmanager
 
 import ray
 
-from pipeline.errors import ClusterError
-from pipeline.storage import one_line
+from pipeline.errors import ClusterError, one_line
 
 
 @contextmanager

@@ -22,11 +22,10 @@ from ray.tune.search import Searcher
 from pipeline.cluster.session import count
 from pipeline.cluster.training import WorkerTask, fit_with_workers
 from pipeline.config import TrainingJob
-from pipeline.errors import ClusterError
+from pipeline.errors import ClusterError, one_line
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.life import TrainHere
-from pipeline.storage import one_line
-from pipeline.tuning.run_trial import Outcome, TrialTask, Watch, ended, run_trial
+from pipeline.tuning.run_trial import TrialOutcome, TrialTask, Watch, ended, run_trial
 from pipeline.tuning.segment import SegmentTask
 from pipeline.tuning.sweep import Sweep
 from pipeline.tuning.trials import Proposal
@@ -255,17 +254,19 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
         found = result.get(_OUTCOME)
         self._end(
             trial,
-            Outcome(**found)
+            TrialOutcome(**found)
             if found
-            else Outcome("stopped", result.get(_METRIC), epochs=result.get(_EPOCH)),
+            else TrialOutcome("stopped", result.get(_METRIC), epochs=result.get(_EPOCH)),
         )
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         # What a trial raises is caught in it: here are those whose process is gone.
         result = trial.last_result or {}
         reason = "the trial's process died: killed, or out of memory"
-        self._end(trial, Outcome("failed", result.get(_METRIC), reason, epochs=result.get(_EPOCH)))
+        self._end(
+            trial, TrialOutcome("failed", result.get(_METRIC), reason, epochs=result.get(_EPOCH))
+        )
 
-    def _end(self, trial: Any, outcome: Outcome) -> None:
+    def _end(self, trial: Any, outcome: TrialOutcome) -> None:
         proposed, began = self.running.pop(trial.trial_id)
         self.guarded(self._sweep.end, ended(proposed, outcome, began))

@@ -1,7 +1,7 @@
 """Vectors -> clusters: k-means++ with restarts, and the k-means that LOST runs.
 
 To try another way: a function that returns a ``Clustering``, a case in ``cluster``, its name in
-``Method`` there and in ``config/clustering.py``.
+``ClusteringMethod`` there and in ``config/clustering.py``.
 
 Shape letters:  N vectors   D channels   K clusters
 """
@@ -17,7 +17,7 @@ from scipy.cluster.vq import kmeans2, whiten
 
 from pipeline.errors import DataError
 
-Method = Literal["kmeans++", "lost"]
+ClusteringMethod = Literal["kmeans++", "lost"]
 Vectors: TypeAlias = NDArray[np.floating[Any]]
 
 # Sums are of float64, and the vectors may be many: so many are converted at a time.
@@ -44,7 +44,7 @@ class Clustering:
 
 
 def cluster(
-    vectors_ND: Vectors, num_clusters: int, *, method: Method, restarts: int, seed: int
+    vectors_ND: Vectors, num_clusters: int, *, method: ClusteringMethod, restarts: int, seed: int
 ) -> Clustering:
     """The clusters by ``method``; ``restarts`` is k-means++'s alone.
 

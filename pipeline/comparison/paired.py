@@ -127,7 +127,7 @@ _BASELINE: _Setting = ()
 
 
 @dataclass(frozen=True)
-class RunRecord:
+class RecordedRun:
     """One training run as it was recorded.
 
     Attributes:
@@ -217,7 +217,7 @@ class Comparison:
     lone_groups: tuple[str, ...]
 
 
-def compare(records: Sequence[RunRecord], metric: str, confidence: float = 0.95) -> Comparison:
+def compare(records: Sequence[RecordedRun], metric: str, confidence: float = 0.95) -> Comparison:
     """Every arm that the runs have, against its baseline.
 
     Args:
@@ -233,7 +233,7 @@ def compare(records: Sequence[RunRecord], metric: str, confidence: float = 0.95)
     measured = [one for one in finished if math.isfinite(one.metrics.get(metric, math.nan))]
     _check_metric(finished, measured, metric)
     kept, gap = _last_of_each(measured, metric)
-    groups: dict[str, list[RunRecord]] = defaultdict(list)
+    groups: dict[str, list[RecordedRun]] = defaultdict(list)
     for record in kept:
         groups[record.pair_key].append(record)
     labels = group_labels({key: [run.config for run in runs] for key, runs in groups.items()})
@@ -267,7 +267,7 @@ def is_lower_better(metric: str) -> bool:
 
 
 def _check_metric(
-    finished: Sequence[RunRecord], measured: Sequence[RunRecord], metric: str
+    finished: Sequence[RecordedRun], measured: Sequence[RecordedRun], metric: str
 ) -> None:
     if not finished:
         raise DataError("none of the runs is finished: compare them when they are")
@@ -282,9 +282,9 @@ def _check_metric(
             )
 
 
-def _last_of_each(records: Sequence[RunRecord], metric: str) -> tuple[list[RunRecord], float]:
+def _last_of_each(records: Sequence[RecordedRun], metric: str) -> tuple[list[RecordedRun], float]:
     """The last run of each group, setting and seed; how far the metric of another one is off it."""
-    runs: dict[tuple[str, _Setting, int], list[RunRecord]] = defaultdict(list)
+    runs: dict[tuple[str, _Setting, int], list[RecordedRun]] = defaultdict(list)
     for record in records:
         runs[record.pair_key, _setting(record), record.seed].append(record)
     gaps = [
@@ -295,7 +295,7 @@ def _last_of_each(records: Sequence[RunRecord], metric: str) -> tuple[list[RunRe
     return [same[-1] for same in runs.values()], max(gaps)
 
 
-def _setting(record: RunRecord) -> _Setting:
+def _setting(record: RecordedRun) -> _Setting:
     """The drloc group of a run; with weight 0 its other knobs decide nothing."""
     if record.drloc_weight == 0:
         return _BASELINE
@@ -303,9 +303,9 @@ def _setting(record: RunRecord) -> _Setting:
     return tuple(sorted({WEIGHT: f"{record.drloc_weight:g}", **drloc}.items()))
 
 
-def _arms(runs: Sequence[RunRecord], group: str, metric: str, confidence: float) -> list[Arm]:
+def _arms(runs: Sequence[RecordedRun], group: str, metric: str, confidence: float) -> list[Arm]:
     """The arms of one group by weight; none where it has no baseline."""
-    by_setting: dict[_Setting, dict[int, RunRecord]] = defaultdict(dict)
+    by_setting: dict[_Setting, dict[int, RecordedRun]] = defaultdict(dict)
     for run in runs:
         by_setting[_setting(run)][run.seed] = run
     baseline = by_setting.pop(_BASELINE, {})
@@ -340,7 +340,7 @@ def _arms(runs: Sequence[RunRecord], group: str, metric: str, confidence: float)
     return arms
 
 
-def _require_same_images(baseline: RunRecord, treated: RunRecord) -> None:
+def _require_same_images(baseline: RecordedRun, treated: RecordedRun) -> None:
     """The settings name a folder; what lies in it may have changed between two runs."""
     if baseline.images and treated.images and baseline.images != treated.images:
         raise DataError(
@@ -359,7 +359,7 @@ def _judged_together(arms: Sequence[Arm], level: float) -> tuple[Arm, ...]:
     return tuple(judged)
 
 
-def _lone(runs: Sequence[RunRecord]) -> str:
+def _lone(runs: Sequence[RecordedRun]) -> str:
     """What a group lacks, and how to make it; empty where it has both sides."""
     with_loss = sum(run.drloc_weight > 0 for run in runs)
     if 0 < with_loss < len(runs):
@@ -369,7 +369,7 @@ def _lone(runs: Sequence[RunRecord]) -> str:
     return f"{len(runs)} baselines and no run with DRLoc (--drloc.weight 0.5)"
 
 
-def _why_nothing_pairs(runs: Sequence[RunRecord]) -> str:
+def _why_nothing_pairs(runs: Sequence[RecordedRun]) -> str:
     """One line: what there is, what it lacks, and the command that mends it."""
     treated = [run for run in runs if run.drloc_weight > 0]
     baseline = [run for run in runs if run.drloc_weight == 0]

@@ -1,13 +1,13 @@
 """Recorded training runs, read back: from an experiment of MLflow, or from the runs' own folders.
 
-    read_experiment("patchseed", None) -> [RunRecord(name="swin-...", seed=0, ...), ...]
+    read_experiment("patchseed", None) -> [RecordedRun(name="swin-...", seed=0, ...), ...]
     read_folders("runs/")              -> the same, from every runs/*/summary.json
 
 Both give the runs in the order they were recorded. Nothing is written, and a database that is not
 there is not made. MLflow is reached through tracking/tracker.py, the only file that imports it.
 
 To read another kind of run: its name beside ``KIND``. To read another fact of a run: a field in
-``RunRecord``, and a line in ``_from_mlflow`` and in ``_from_summary``.
+``RecordedRun``, and a line in ``_from_mlflow`` and in ``_from_summary``.
 """
 
 import json
@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
-from pipeline.comparison.paired import SEED, WEIGHT, RunRecord, did_you_mean
+from pipeline.comparison.paired import SEED, WEIGHT, RecordedRun, did_you_mean
 from pipeline.config import flatten
-from pipeline.errors import ConfigError, DataError, StorageError
-from pipeline.storage import Location, one_line, without_secrets
+from pipeline.errors import ConfigError, DataError, StorageError, one_line, without_secrets
+from pipeline.storage import Location
 from pipeline.tracking.tracker import OFF, absolute_uri, connect
 
 KIND = "classifier"
@@ -33,7 +33,7 @@ _PAGE = 1000
 _LOG = logging.getLogger(__name__)
 
 
-def read_experiment(experiment: str, tracking_uri: str | None) -> list[RunRecord]:
+def read_experiment(experiment: str, tracking_uri: str | None) -> list[RecordedRun]:
     """The classifier runs of an experiment, in the order they were started.
 
     A run whose seed, DRLoc weight or pair key was not recorded is left out, with a warning.
@@ -67,7 +67,7 @@ def read_experiment(experiment: str, tracking_uri: str | None) -> list[RunRecord
     return _usable(runs, _from_mlflow, lambda run: f"run {run.info.run_id}")
 
 
-def read_folders(runs: str) -> list[RunRecord]:
+def read_folders(runs: str) -> list[RecordedRun]:
     """The classifier runs whose folders lie in ``runs``, in the order they were begun.
 
     A summary that cannot be used is left out, with a warning.
@@ -143,8 +143,8 @@ def _there(client: Any) -> str:
 
 
 def _usable(
-    runs: list[Any], read: Callable[[Any], RunRecord], name: Callable[[Any], str]
-) -> list[RunRecord]:
+    runs: list[Any], read: Callable[[Any], RecordedRun], name: Callable[[Any], str]
+) -> list[RecordedRun]:
     """What ``read`` makes of the runs; one that lacks what pairing needs costs a warning."""
     records = []
     for run in runs:
@@ -158,9 +158,9 @@ def _usable(
     return records
 
 
-def _from_mlflow(run: Any) -> RunRecord:
+def _from_mlflow(run: Any) -> RecordedRun:
     params, tags = run.data.params, run.data.tags
-    return RunRecord(
+    return RecordedRun(
         name=run.info.run_name or run.info.run_id,
         config=dict(params),
         metrics=dict(run.data.metrics),
@@ -174,11 +174,11 @@ def _from_mlflow(run: Any) -> RunRecord:
     )
 
 
-def _from_summary(place: Location, content: Mapping[str, Any]) -> RunRecord:
+def _from_summary(place: Location, content: Mapping[str, Any]) -> RecordedRun:
     # As MLflow would give it: one comparison must not depend on where the runs were read.
     config = {name: str(value) for name, value in flatten(content["config"]).items()}
     numbers = content["metrics"].items()
-    return RunRecord(
+    return RecordedRun(
         name=str(content["name"]),
         config=config,
         metrics={name: float(value) for name, value in numbers if value is not None},

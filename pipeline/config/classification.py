@@ -23,7 +23,7 @@ from pipeline.config.settings import (
     TrainingJob,
     flatten,
 )
-from pipeline.storage import one_line
+from pipeline.errors import one_line
 
 DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")
 

@@ -68,8 +68,8 @@ from pipeline.data.labelled_images import (
     printable,
 )
 from pipeline.data.labelled_parquet import read_parquet
-from pipeline.errors import ConfigError, DataError
-from pipeline.storage import one_line, split_uri
+from pipeline.errors import ConfigError, DataError, one_line
+from pipeline.storage import split_uri
 
 _IDS: Final = """
 n01558993 n01692333 n01729322 n01735189 n01749939 n01773797 n01820546 n01855672 n01978455

@@ -19,8 +19,8 @@ from PIL import Image
 from pyarrow import fs
 
 from pipeline.data.sources import place_uri
-from pipeline.errors import StorageError
-from pipeline.storage import Location, file_uri, one_line
+from pipeline.errors import StorageError, one_line
+from pipeline.storage import Location, file_uri
 
 EXCLUDED_FORMATS = frozenset(
     {

@@ -33,8 +33,8 @@ from defusedxml.ElementTree import fromstring
 from numpy.typing import NDArray
 
 from pipeline.boxes import Boxes, area, as_boxes, xywh_to_xyxy
-from pipeline.errors import DataError
-from pipeline.storage import Location, one_line
+from pipeline.errors import DataError, one_line
+from pipeline.storage import Location
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,7 +29,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from pipeline.data import image_headers
 from pipeline.data.image_headers import Header, Shrink
 from pipeline.data.pseudo_labels import MAX_ERROR_LENGTH, Status
-from pipeline.storage import one_line
+from pipeline.errors import one_line
 
 
 def to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:

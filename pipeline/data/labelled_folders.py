@@ -9,7 +9,7 @@
 Classes are the train folders in the order of their names as strings, like torchvision's
 ImageFolder ("1", "10", "2"), and splits are matched by name, never by position. Images may lie
 deeper than their class folder. Links are followed, a loop of links is walked once; hidden files and
-files that are no images by their extension (in any case) are left out and counted. Listing asks the
+files that are no images by their extension (in any case) are left out and counted. FolderListing asks the
 disk for names only: no file is opened.
 
 To take another extension for an image: ``image_headers.FORMATS``. Another split's name: ``ROLES``.
@@ -34,10 +34,9 @@ from PIL import Image
 
 from pipeline.data import image_headers
 from pipeline.data.labelled_images import ROLES, EncodedImages, FileImages, Parts, Role, printable
-from pipeline.errors import DataError
-from pipeline.storage import one_line
+from pipeline.errors import DataError, one_line
 
-Listing = dict[Role, dict[str, list[str]]]
+FolderListing = dict[Role, dict[str, list[str]]]
 """The images of each class of each split, sorted, as paths relative to the root."""
 
 _NUM_SHOWN: Final = 3
@@ -61,7 +60,7 @@ def read_folder(
             or a folder cannot be listed.
     """
     skipped: Counter[str] = Counter()
-    listing: Listing = {}
+    listing: FolderListing = {}
     for role, folder in _split_folders(root, roles).items():
         below = os.path.join(root, folder)
         names = class_folders(below, skipped) if wanted is None else _present(below, wanted)
@@ -109,7 +108,7 @@ def class_folders(folder: str, skipped: Counter[str]) -> list[str]:
     return sorted(folders)
 
 
-def check_listing(listing: Listing, where: str) -> tuple[str, ...]:
+def check_listing(listing: FolderListing, where: str) -> tuple[str, ...]:
     """The classes of a listing that has images for each of them.
 
     Raises:
@@ -292,7 +291,7 @@ def archive_members(
         raise DataError(f"cannot read {path} as a tar archive: {one_line(fault)}") from fault
 
 
-def _arrange(names: list[str], skipped: Counter[str]) -> Listing:
+def _arrange(names: list[str], skipped: Counter[str]) -> FolderListing:
     """Sorted names by split and class."""
     parts = [name.split("/") for name in names]
     # One folder around everything, as most archives have it.
@@ -300,7 +299,7 @@ def _arrange(names: list[str], skipped: Counter[str]) -> Listing:
     depth = 1 if len(around) == 1 and not around & set(ROLES) else 0
     heads = {part[depth].lower() for part in parts if len(part) > depth + 1}
     is_split = "train" in heads
-    listing: Listing = {}
+    listing: FolderListing = {}
     for name, part in zip(names, parts, strict=True):
         role = ROLES.get(part[depth].lower()) if is_split and len(part) > depth else "train"
         below = depth + is_split

@@ -28,8 +28,7 @@ from PIL import Image, ImageOps
 
 from pipeline.data import image_headers
 from pipeline.data.images import mute_pillow, to_rgb
-from pipeline.errors import DataError
-from pipeline.storage import one_line
+from pipeline.errors import DataError, one_line
 
 Role = Literal["train", "validation", "test"]
 ROLES: Final[dict[str, Role]] = {

@@ -31,8 +31,8 @@ from PIL import Image
 
 from pipeline.data.labelled_images import ROLES, Parts, Role, decode_rgb
 from pipeline.data.sources import IMAGE_COLUMNS
-from pipeline.errors import DataError
-from pipeline.storage import Location, one_line
+from pipeline.errors import DataError, one_line
+from pipeline.storage import Location
 
 LABEL_COLUMNS: Final = ("label", "labels", "fine_label", "class", "target")
 CACHE_BYTES: Final = 256 << 20
@@ -40,7 +40,7 @@ CACHE_BYTES: Final = 256 << 20
 _SPLIT_NAME = re.compile(r"(train|test|val|valid|validation)(?![a-z])", re.IGNORECASE)
 
 
-class TableImages:
+class ParquetImages:
     """Images in the rows of Parquet files, called ``file#row``; pickled without what it keeps."""
 
     def __init__(
@@ -121,7 +121,7 @@ def read_parquet(uri: str) -> Parts:
     image_column = _image_column(schema, root)
     classes, known = _classes(schema, values["train"], root)
     images = {
-        role: TableImages(
+        role: ParquetImages(
             root, paths, image_column, _indices(values[role], known, f"{root} ({role})")
         )
         for role, paths in by_role.items()

@@ -6,7 +6,7 @@ id is made of its path below the collection's root, so that a copy of the tree e
 same ids and equal names in two folders stay two images.
 
 To read another kind of collection: a generator of entries like those in ``uri_lists.py``, its name
-in ``Kind`` and a branch in ``Collection``. ``folders.py`` walks, ``sources.py`` reads the bytes.
+in ``CollectionKind`` and a branch in ``Collection``. ``folders.py`` walks, ``sources.py`` reads the bytes.
 
 The images of a pseudo-label table once more, under the ids they have there.
 
@@ -38,7 +38,7 @@ INPUT_SCHEMA = pa.schema(
     [pa.field("image_id", pa.string(), False), pa.field("uri", pa.string(), False)]
 )
 
-Kind = Literal["folder", "glob", "file", "list", "table", "labels"]
+CollectionKind = Literal["folder", "glob", "file", "list", "table", "labels"]
 _WILDCARD = re.compile(r"[*?\[]")
 
 
@@ -47,7 +47,7 @@ class Listing(BaseModel):
 
     model_config = ConfigDict(frozen=True)
     root: str
-    kind: Kind
+    kind: CollectionKind
     num_images: int
     num_duplicates: int
     """Images that came up again: a URI repeated in a list, a second link to a file."""
@@ -73,7 +73,7 @@ class Collection:
         place = Location.parse(images)
         self._tally = Tally()
         self._root = place
-        self._kind: Kind = "folder"
+        self._kind: CollectionKind = "folder"
         self._pattern: tuple[str, ...] = EVERYTHING
         self._entries: Callable[[], Iterator[Entry]] = self._walk
         kind = place.kind()

@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipeline.errors import DataError
-from pipeline.storage import Location, one_line
+from pipeline.errors import DataError, one_line
+from pipeline.storage import Location
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "_MANIFEST.json"

@@ -31,8 +31,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.errors import PatchseedError
-from pipeline.storage import Location, file_uri, one_line, without_secrets
+from pipeline.errors import PatchseedError, one_line, without_secrets
+from pipeline.storage import Location, file_uri
 
 IMAGE_COLUMNS = ("image", "img", "bytes")
 """Columns in which a Parquet table may hold encoded images: binary, or Hugging Face's struct

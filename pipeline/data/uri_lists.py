@@ -17,8 +17,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.data.sources import IMAGE_COLUMNS, image_column, place_uri, row_uri, split_row
-from pipeline.errors import ConfigError, DataError
-from pipeline.storage import Location, one_line, split_uri
+from pipeline.errors import ConfigError, DataError, one_line
+from pipeline.storage import Location, split_uri
 
 URI_COLUMNS = ("uri", "path", "file_name", "url")
 """Columns in which a Parquet list may hold its URIs, as text; the first that is there counts."""

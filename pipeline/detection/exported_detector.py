@@ -19,8 +19,8 @@ from pipeline.detection.box_loader import BoxTransform, fixed_size
 from pipeline.detection.detector import Detector, build_detector
 from pipeline.detection.options import DetectorOptions
 from pipeline.detection.predictor import Predictor
-from pipeline.errors import ConfigError, StorageError, WeightsError
-from pipeline.storage import Location, one_line
+from pipeline.errors import ConfigError, StorageError, WeightsError, one_line
+from pipeline.storage import Location
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _KIND = "detector"

@@ -1,6 +1,6 @@
 """What a detector is to be: every number of it, in plain values, and the kinds' own defaults.
 
-To add a kind: its name in ``Kind``, a line in ``_CHANGES``, a case in ``detector.build_detector``.
+To add a kind: its name in ``DetectorKind``, a line in ``_CHANGES``, a case in ``detector.build_detector``.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from pipeline.detection.timm_pyramid import TIMM
 from pipeline.errors import ConfigError
 from pipeline.models.features import NORMALIZATIONS
 
-Kind = Literal["c4", "fpn", "nano"]
+DetectorKind = Literal["c4", "fpn", "nano"]
 
 FPN_STRIDES: Final = (4, 8, 16, 32, 64)
 """Of a pyramid's five maps; the last is only proposed from."""
@@ -25,7 +25,7 @@ class DetectorOptions:
     Other kinds want other numbers: take ``default_options``.
     """
 
-    kind: Kind = "c4"
+    kind: DetectorKind = "c4"
     num_classes: int = 1
     """Of objects; background comes on top."""
 
@@ -138,7 +138,7 @@ class DetectorOptions:
 
     def _check_names(self) -> None:
         legal = {
-            "kind": get_args(Kind),
+            "kind": get_args(DetectorKind),
             "backbone": (*BLOCKS, *([self.backbone] if self.on_timm else [])),
             "normalize": tuple(NORMALIZATIONS),
             "norm": get_args(Norm),
@@ -215,7 +215,7 @@ _CHANGES: Final[dict[str, dict[str, Any]]] = {
 }
 
 
-def default_options(kind: Kind, **changes: Any) -> DetectorOptions:
+def default_options(kind: DetectorKind, **changes: Any) -> DetectorOptions:
     """The options that suit a kind, with ``changes``.
 
     Raises:

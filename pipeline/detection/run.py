@@ -59,11 +59,11 @@ def train_detector_here(
     if workers.is_first:
         telling = Telling(tags, _described(job, setup), _tagged(setup), _shown)
         record = open_record(job, folder, setup, outside, telling)
-    return _Run(job, folder, workers, outside, setup, record, probe).train()
+    return _DetectorRun(job, folder, workers, outside, setup, record, probe).train()
 
 
 @dataclass
-class _Run(TrainingRun):
+class _DetectorRun(TrainingRun):
     """Probes, and the detector written at the end; an epoch is a window of steps."""
 
     job: TrainDetectorJob

@@ -19,7 +19,7 @@ from pipeline.detection.box_table import BoxTable, merge_boxes, read_box_table
 from pipeline.detection.detector import Detector, build_detector, default_options, initialise
 from pipeline.detection.exported_detector import CONFIG, read_detector
 from pipeline.detection.options import DetectorOptions
-from pipeline.detection.task import DetectionTask, Inputs, canvas_of, inputs_of
+from pipeline.detection.task import BoxInputs, DetectionTask, canvas_of, inputs_of
 from pipeline.detection.timm_pyramid import TIMM
 from pipeline.errors import WeightsError
 from pipeline.models.backbones import load_classifier_weights
@@ -48,7 +48,7 @@ class DetectorSetup:
     measured: BoxLoader | None
     """Batches that batch norm's statistics are measured on; None leaves them as they run."""
 
-    def batches_to_measure(self) -> Iterator[Inputs]:
+    def batches_to_measure(self) -> Iterator[BoxInputs]:
         """The same ones each time it is asked."""
         assert self.measured is not None
         self.measured.set_epoch(0)

@@ -22,7 +22,7 @@ Canvas = tuple[int, int]
 """Height and width."""
 
 
-class Inputs(NamedTuple):
+class BoxInputs(NamedTuple):
     """What one forward pass is computed from, as ``Detector.forward`` takes it."""
 
     images: list[Tensor]
@@ -33,7 +33,7 @@ class Inputs(NamedTuple):
     """What the images are padded to at least."""
 
 
-def losses_of(network: nn.Module, inputs: Inputs) -> Losses:
+def losses_of(network: nn.Module, inputs: BoxInputs) -> Losses:
     """The four losses; ``network`` is a ``Detector`` in training mode, or a wrapper of it."""
     found: dict[str, Tensor] = network(*inputs)
     return Losses(found)
@@ -88,7 +88,7 @@ def canvas_of(samples: Sequence[BoxSample], workers: Workers) -> Canvas:
     return height, width
 
 
-def inputs_of(samples: Sequence[BoxSample], canvas: Canvas, device: torch.device) -> Inputs:
+def inputs_of(samples: Sequence[BoxSample], canvas: Canvas, device: torch.device) -> BoxInputs:
     """The samples as the detector takes them, on the device."""
 
     def moved(tensor: Tensor) -> Tensor:
@@ -105,4 +105,4 @@ def inputs_of(samples: Sequence[BoxSample], canvas: Canvas, device: torch.device
         }
         for sample in samples
     ]
-    return Inputs(images, targets, canvas)
+    return BoxInputs(images, targets, canvas)

@@ -34,11 +34,18 @@ from pipeline.drawing.images import (
     draw_box,
     panel_row,
 )
-from pipeline.errors import ConfigError, DataError, StorageError, WeightsError
+from pipeline.errors import (
+    ConfigError,
+    DataError,
+    StorageError,
+    WeightsError,
+    one_line,
+    without_secrets,
+)
 from pipeline.gallery.maps import MapDrawer, decoding_of, load_map_drawer
 from pipeline.models.published_weights import CNNS
 from pipeline.progress import ProgressReporter
-from pipeline.storage import Location, one_line, without_secrets
+from pipeline.storage import Location
 from pipeline.tracking.tracker import OFF, absolute_uri, start_tracker
 
 SHEET_NAME = "contact_sheet.png"

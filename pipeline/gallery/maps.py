@@ -26,14 +26,13 @@ from pipeline.drawing.images import (
     draw_mask,
     similarity_panel,
 )
-from pipeline.errors import WeightsError
+from pipeline.errors import WeightsError, one_line
 from pipeline.labelling.labeller import Method, Provenance, PseudoBoxLabeller
 from pipeline.localization.affinity import Similarity, compare, similarity_to
 from pipeline.localization.localize import Localization
 from pipeline.localization.seed_expansion import OWN_SIMILARITY
 from pipeline.models.backbones import Weights, build_backbone, load_weights
 from pipeline.models.features import FeatureExtractor, PatchFeatures
-from pipeline.storage import one_line
 
 
 class MapDrawer:

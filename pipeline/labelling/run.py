@@ -45,8 +45,8 @@ from pipeline.data.pseudo_labels import (
     read_manifest,
     write_manifest,
 )
-from pipeline.errors import ConfigError, StorageError
-from pipeline.storage import Location, one_line
+from pipeline.errors import ConfigError, StorageError, one_line
+from pipeline.storage import Location
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pipeline.errors import WeightsError
-from pipeline.storage import one_line
+from pipeline.errors import WeightsError, one_line
 
 PICKLED = (".pth", ".pt", ".bin", ".tar")
 """Endings of files written by ``torch.save`` (``.pth.tar`` is no tar); read with

@@ -5,7 +5,7 @@ Two members of one family (Wu et al., ICCV 2021): ``cvt_13`` as its authors publ
 convolution, no biases there, no class token, no norm at the end, an average of the map is
 classified). Parameters of ``cvt_13`` carry the names of the authors' own checkpoints.
 
-To add a size: another ``CvtLayout``. To change a block: write what gives a ``Block``, as
+To add a size: another ``CvtLayout``. To change a block: write what gives a ``CvtBlock``, as
 ``_official_block`` and ``_paper_block`` do, and put it into a ``CvtStyle``.
 
 Shape letters:  B images   H, W rows and columns   D channels   N tokens, a class token first where
@@ -65,7 +65,7 @@ PAPER_LAYOUT = CvtLayout(paddings=(3, 1, 1))
 class CvtStyle:
     """In what the members of the family differ."""
 
-    make_block: Callable[[int, int, float, float], "Block"]
+    make_block: Callable[[int, int, float, float], "CvtBlock"]
     """From channels, heads, MLP ratio and drop path rate."""
 
     make_norm: Callable[[int], nn.Module]
@@ -165,7 +165,7 @@ class Stage(nn.Module):
     """Embed the map at a coarser grid, then blocks over its tokens; ``(map, prefix tokens)``."""
 
     def __init__(
-        self, patch_embed: "ConvEmbed", blocks: Sequence["Block"], *, class_token: bool
+        self, patch_embed: "ConvEmbed", blocks: Sequence["CvtBlock"], *, class_token: bool
     ) -> None:
         super().__init__()
         self.patch_embed = patch_embed
@@ -230,7 +230,7 @@ class ChannelNorm(nn.Module):
         return (centred / (deviation + self.eps) * self.weight + self.bias).to(tokens.dtype)
 
 
-class Block(nn.Module):
+class CvtBlock(nn.Module):
     """Attention and MLP, each after a norm and with a way around it."""
 
     def __init__(
@@ -350,14 +350,16 @@ def to_map(patches_BND: Tensor, grid: tuple[int, int]) -> Tensor:
     return patches_BND.transpose(1, 2).reshape(-1, patches_BND.shape[2], *grid)
 
 
-def _official_block(dim: int, heads: int, mlp_ratio: float, drop_path: float) -> Block:
+def _official_block(dim: int, heads: int, mlp_ratio: float, drop_path: float) -> CvtBlock:
     norms = (nn.LayerNorm(dim), nn.LayerNorm(dim))
-    return Block(norms, OfficialAttention(dim, heads), mlp(dim, mlp_ratio, QuickGelu()), drop_path)
+    return CvtBlock(
+        norms, OfficialAttention(dim, heads), mlp(dim, mlp_ratio, QuickGelu()), drop_path
+    )
 
 
-def _paper_block(dim: int, heads: int, mlp_ratio: float, drop_path: float) -> Block:
+def _paper_block(dim: int, heads: int, mlp_ratio: float, drop_path: float) -> CvtBlock:
     norms = (ChannelNorm(dim), ChannelNorm(dim))
-    return Block(norms, PaperAttention(dim, heads), mlp(dim, mlp_ratio, nn.GELU()), drop_path)
+    return CvtBlock(norms, PaperAttention(dim, heads), mlp(dim, mlp_ratio, nn.GELU()), drop_path)
 
 
 def mlp(dim: int, ratio: float, activation: nn.Module) -> nn.Sequential:

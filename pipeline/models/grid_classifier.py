@@ -23,7 +23,7 @@ Tap = Literal["pre_norm", "post_norm"]
 """Where the last grid is taken: as it leaves the last block, or after the network's final norm."""
 
 
-class Prediction(NamedTuple):
+class LogitsAndGrids(NamedTuple):
     """``logits_BK``, and a grid ``(B, C, H, W)`` per stage asked for, in that order."""
 
     logits_BK: Tensor
@@ -95,7 +95,7 @@ class GridClassifier(nn.Module):
         self.tap = tap
         self._layers = tuple(tuple(layer) for layer in layers)
 
-    def forward(self, images_B3HW: Tensor) -> Prediction:
+    def forward(self, images_B3HW: Tensor) -> LogitsAndGrids:
         """Logits, equal to the network's own, and the grids, from one pass.
 
         Raises:
@@ -115,7 +115,7 @@ class GridClassifier(nn.Module):
             )
         if self.tap == "post_norm":
             grids = [*grids[:-1], final_map(features, grids[-1])]
-        return Prediction(network.forward_head(features), tuple(grids))
+        return LogitsAndGrids(network.forward_head(features), tuple(grids))
 
     @torch.no_grad()
     def grid_shapes(self, image_size: tuple[int, int]) -> tuple[tuple[int, int, int], ...]:

@@ -18,8 +18,7 @@ import huggingface_hub
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 
-from pipeline.errors import WeightsError
-from pipeline.storage import one_line
+from pipeline.errors import WeightsError, one_line
 
 # Seconds within which a server must answer at all; a download may then take as long as it moves.
 ANSWER_SECONDS = 10.0

@@ -25,8 +25,8 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import ConfigError, WeightsError
-from pipeline.storage import Location, one_line
+from pipeline.errors import ConfigError, WeightsError, one_line
+from pipeline.storage import Location
 
 ONNX_NAME = "model.onnx"
 OPSET = 18

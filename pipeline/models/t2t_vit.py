@@ -111,7 +111,7 @@ class T2tVit(StagedNetwork):
         sinusoids_1ND = sinusoid_table(num_tokens, layout.dim).to(self.cls_token.device)
         self.pos_embed = nn.Parameter(sinusoids_1ND, requires_grad=False)
         rates = torch.linspace(0, drop_path, layout.depth, device="cpu").tolist()
-        self.blocks = nn.ModuleList(Block(layout, rate) for rate in rates)
+        self.blocks = nn.ModuleList(T2tBlock(layout, rate) for rate in rates)
         self.norm = nn.LayerNorm(layout.dim)
         self.head = nn.Linear(layout.dim, num_classes)
         self.register_buffer("attention_scale", torch.tensor((layout.dim // layout.heads) ** -0.5))
@@ -244,7 +244,7 @@ def positive_features(tokens_BND: Tensor, directions_FD: Tensor) -> Tensor:
     return torch.exp(tokens_BND @ directions_FD.T - half_norm_BN1) / math.sqrt(len(directions_FD))
 
 
-class Block(nn.Module):
+class T2tBlock(nn.Module):
     """A plain ViT block."""
 
     def __init__(self, layout: T2tLayout, drop_path: float) -> None:

@@ -51,11 +51,11 @@ def pretrain_dino_here(
         probes = read_probes(job)
         telling = Telling(tags, _described(job, setup), {"num_images": len(setup.images)}, _shown)
         record = open_record(job, folder, setup, outside, telling)
-    return _Run(job, folder, workers, outside, setup, record, probes).train()
+    return _DinoRun(job, folder, workers, outside, setup, record, probes).train()
 
 
 @dataclass
-class _Run(TrainingRun):
+class _DinoRun(TrainingRun):
     """Probes, and the teacher written at the end."""
 
     job: PretrainDinoJob

@@ -20,7 +20,7 @@ Split = Literal["trainval", "test"]
 
 
 @dataclass(frozen=True)
-class Classifier:
+class ClassifierRecipe:
     """A training run of jobs/train_classifier.py for each seed."""
 
     data: str
@@ -35,7 +35,7 @@ class Classifier:
 
 
 @dataclass(frozen=True)
-class Boxes:
+class BoxesRecipe:
     """One table of pseudo-boxes by jobs/label_images.py."""
 
     data: str
@@ -49,17 +49,17 @@ class Boxes:
 
 
 @dataclass(frozen=True)
-class Detections:
+class DetectorRecipe:
     """Pseudo-boxes, a detector trained on them for each seed, and what it finds."""
 
-    boxes: Boxes
+    boxes: BoxesRecipe
     split: Split
     """The images it is measured on; it is trained on trainval."""
 
     values: Values = field(default_factory=dict)
 
 
-Recipe = Classifier | Boxes | Detections
+Recipe = ClassifierRecipe | BoxesRecipe | DetectorRecipe
 
 
 @dataclass(frozen=True)

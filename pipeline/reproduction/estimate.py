@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.data.classification_sets import SIZES
 from pipeline.reproduction.backbones import BACKBONES
-from pipeline.reproduction.cells import Classifier, Cost
+from pipeline.reproduction.cells import ClassifierRecipe, Cost
 
 # Multiplications of one image (1e9) and weights (1e6), counted by torch's FlopCounterMode.
 _NETWORKS = {
@@ -52,7 +52,7 @@ ONE_CORE = Speed(0.016, 0.05)
 _DETECTOR_SECONDS = {"c4": (0.717, 0.071), "nano": (0.12, 0.10)}
 
 
-def classifier_cost(recipe: Classifier, values: dict[str, Any], speed: Speed) -> Cost:
+def classifier_cost(recipe: ClassifierRecipe, values: dict[str, Any], speed: Speed) -> Cost:
     """Of one training run with these settings."""
     gmacs, millions = _NETWORKS[recipe.network]
     num_train, num_test, classes = SIZES.get(recipe.data, _FLOWERS17)

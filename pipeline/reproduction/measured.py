@@ -24,7 +24,7 @@ from pipeline.evaluation.average_precision import average_precision
 from pipeline.evaluation.corloc import THRESHOLD, best_ious, interval_95, resampled_rates
 from pipeline.evaluation.matching import match
 from pipeline.evaluation.predictions import detections, read_predictions
-from pipeline.reproduction.cells import Boxes, Cell, Metric, Run
+from pipeline.reproduction.cells import BoxesRecipe, Cell, Metric, Run
 from pipeline.reproduction.inputs import Photos
 from pipeline.reproduction.plan import Plan, PlannedCell
 from pipeline.storage import Location
@@ -56,7 +56,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Difference:
+class Gain:
     """A cell's figure minus that of the cell it is compared with, in percentage points.
 
     Attributes:
@@ -81,7 +81,7 @@ def measure(planned: PlannedCell) -> Measured | None:
     done = {seed: run for seed, run in enumerate(planned.runs) if run.is_done}
     if not done:
         return None
-    if isinstance(planned.cell.recipe, Boxes):
+    if isinstance(planned.cell.recipe, BoxesRecipe):
         return _corloc_of_photos(done[0], _photos(planned))
     metric = planned.cell.metric
     by_seed = {seed: result_of(run, planned.photos, metric) for seed, run in done.items()}
@@ -91,7 +91,7 @@ def measure(planned: PlannedCell) -> Measured | None:
     return Measured(found.mean, found.sd, found.interval, by_seed)
 
 
-def difference(measured: Measured, base: Measured) -> Difference | None:
+def difference(measured: Measured, base: Measured) -> Gain | None:
     """How far a cell is from the one it is compared with; None where no seed has both."""
     if measured.hits_N is not None and base.hits_N is not None:
         return _over_photos(measured.hits_N, base.hits_N)
@@ -102,7 +102,7 @@ def difference(measured: Measured, base: Measured) -> Difference | None:
         return None
     sides = [np.array([side[seed] for seed in seeds]) for side in (of_base, measured.by_seed)]
     found = difference_of(sides[0], sides[1], _CONFIDENCE)
-    return Difference(found.mean, found.interval, len(seeds), found.p_student)
+    return Gain(found.mean, found.interval, len(seeds), found.p_student)
 
 
 def result_of(run: Run, photos: Photos | None, metric: Metric) -> float:
@@ -156,13 +156,13 @@ def _hits(labels: Location, photos: Photos) -> NDArray[np.bool_]:
     return hits_N
 
 
-def _over_photos(hits_N: NDArray[np.bool_], base_N: NDArray[np.bool_]) -> Difference:
+def _over_photos(hits_N: NDArray[np.bool_], base_N: NDArray[np.bool_]) -> Gain:
     rates_RM = resampled_rates(
         np.stack([base_N, hits_N]), num_resamples=_NUM_RESAMPLES, rng=np.random.default_rng(0)
     )
     low, high = interval_95(100 * (rates_RM[:, 1] - rates_RM[:, 0]))
     value = 100 * float(hits_N.mean() - base_N.mean())
-    return Difference(value, (low, high), hits_N.size)
+    return Gain(value, (low, high), hits_N.size)
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ class Line:
     cell: Cell
     measured: Measured | None
     published_gain: float | None
-    gain: Difference | None
+    gain: Gain | None
     state: str
     p_holm: float | None = None
     num_photos: int | None = None

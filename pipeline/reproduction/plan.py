@@ -14,7 +14,15 @@ from pipeline.config import DetectJob, LabelJob, TrainClassifierJob, TrainDetect
 from pipeline.config.presets import merged
 from pipeline.data.pseudo_labels import MANIFEST_NAME, config_hash
 from pipeline.reproduction.backbones import BACKBONES
-from pipeline.reproduction.cells import Boxes, Cell, Classifier, Detections, Run, Split, Values
+from pipeline.reproduction.cells import (
+    BoxesRecipe,
+    Cell,
+    ClassifierRecipe,
+    DetectorRecipe,
+    Run,
+    Split,
+    Values,
+)
 from pipeline.reproduction.estimate import (
     Speed,
     boxes_cost,
@@ -118,13 +126,13 @@ class _Planner:
             match cell.recipe:
                 case None:
                     return PlannedCell(cell, missing="the paper's figure alone: it is not run here")
-                case Classifier() as recipe:
+                case ClassifierRecipe() as recipe:
                     seeds = range(self.choices.num_seeds)
                     return PlannedCell(cell, tuple(self._classifier(recipe, s) for s in seeds))
-                case Boxes() as recipe:
+                case BoxesRecipe() as recipe:
                     photos = self._photos_of(recipe.data, None)
                     return PlannedCell(cell, (self._boxes(recipe, photos),), photos)
-                case Detections() as recipe:
+                case DetectorRecipe() as recipe:
                     photos = self._photos_of(recipe.boxes.data, recipe.split)
                     seeds = range(self.choices.num_seeds)
                     runs = tuple(self._detections(recipe, photos, seed) for seed in seeds)
@@ -135,7 +143,7 @@ class _Planner:
     def _kept(self, run: Run) -> Run:
         return self.runs.setdefault(run.name, run)
 
-    def _classifier(self, recipe: Classifier, seed: int) -> Run:
+    def _classifier(self, recipe: ClassifierRecipe, seed: int) -> Run:
         root = self._place(recipe.data)
         fixed: Values = {
             "data": {"root": root},
@@ -152,7 +160,7 @@ class _Planner:
             Run(folder.name, "train_classifier", values, folder.child(_SUMMARY), cost)
         )
 
-    def _start(self, recipe: Classifier) -> Values:
+    def _start(self, recipe: ClassifierRecipe) -> Values:
         """Where the weights of a run start."""
         if recipe.starts_from is None:
             return {}
@@ -164,7 +172,7 @@ class _Planner:
             return {"model": {"pretrained": True}}
         raise _Missing(f"no weights at hand (--weights {recipe.starts_from}=FILE)")
 
-    def _boxes(self, recipe: Boxes, photos: Photos) -> Run:
+    def _boxes(self, recipe: BoxesRecipe, photos: Photos) -> Run:
         backbone = BACKBONES[recipe.backbone]
         file = self._weights(recipe.backbone)
         chosen = {"feature": recipe.feature} if recipe.feature else {}
@@ -183,7 +191,7 @@ class _Planner:
         cost = boxes_cost(recipe.backbone, len(photos.uris), self.choices.speed)
         return self._kept(Run(name, "label_images", values, output.child(MANIFEST_NAME), cost))
 
-    def _detections(self, recipe: Detections, photos: Photos, seed: int) -> Run:
+    def _detections(self, recipe: DetectorRecipe, photos: Photos, seed: int) -> Run:
         """Boxes of the training photos, a detector trained on them, and what it finds."""
         labels = self._boxes(recipe.boxes, self._photos_of(recipe.boxes.data, "trainval"))
         detector = self._detector(recipe, labels, seed)
@@ -200,7 +208,7 @@ class _Planner:
         result = output.child(MANIFEST_NAME)
         return self._kept(Run(name, "detect_images", values, result, cost, (detector.name,)))
 
-    def _detector(self, recipe: Detections, labels: Run, seed: int) -> Run:
+    def _detector(self, recipe: DetectorRecipe, labels: Run, seed: int) -> Run:
         fixed: Values = {"labels": labels.values["output"], "seed": seed}
         values = merged(merged(recipe.values, self.choices.training), fixed)
         if recipe.values.get("detector", {}).get("init") != "none":

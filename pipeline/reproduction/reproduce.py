@@ -18,7 +18,7 @@ from pipeline.reproduction.measured import lines_of, result_of
 from pipeline.reproduction.plan import LISTS, Choices, Plan, plan_cells
 from pipeline.reproduction.report import Report, as_csv, as_markdown, as_png, print_report
 from pipeline.reproduction.runner import Runner, local_folder
-from pipeline.reproduction.tables import TABLES, Size, chosen_cells
+from pipeline.reproduction.tables import TABLES, TableSize, chosen_cells
 from pipeline.storage import Location
 from pipeline.tracking.tracker import absolute_tracking_uri
 
@@ -80,7 +80,7 @@ def reproduce(job: ReproduceJob, jobs: Path) -> int:
 
 
 def _planned(job: ReproduceJob, output: Location) -> _Work:
-    table = TABLES[job.table](Size(job.scale, job.recipe))
+    table = TABLES[job.table](TableSize(job.scale, job.recipe))
     chosen = tuple(cell.name for cell in chosen_cells(table, job.rows))
     told = {name: place for name, place in job.data.model_dump().items() if place is not None}
     uri = absolute_tracking_uri(job.tracking_uri)

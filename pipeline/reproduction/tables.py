@@ -25,7 +25,15 @@ from pipeline.config.presets import merged, presets
 from pipeline.errors import ConfigError
 from pipeline.reproduction import published_figures
 from pipeline.reproduction.backbones import BACKBONES
-from pipeline.reproduction.cells import Boxes, Cell, Classifier, Detections, Split, Table, Values
+from pipeline.reproduction.cells import (
+    BoxesRecipe,
+    Cell,
+    ClassifierRecipe,
+    DetectorRecipe,
+    Split,
+    Table,
+    Values,
+)
 from pipeline.reproduction.published_figures import (
     LOST_PAPER,
     PHOTO_SETS,
@@ -36,7 +44,7 @@ from pipeline.reproduction.published_figures import (
 
 
 @dataclass(frozen=True)
-class Size:
+class TableSize:
     """How much work a table is.
 
     Attributes:
@@ -73,7 +81,7 @@ _SELECTED = (
 )
 
 
-def table_2a(size: Size) -> Table:
+def table_2a(size: TableSize) -> Table:
     """The number of pairs m."""
     cells = []
     for num_pairs, value in published_figures.PAIRS.items():
@@ -91,7 +99,7 @@ def table_2a(size: Size) -> Table:
     return Table(title, tuple(cells), _notes(size))
 
 
-def table_2b(size: Size) -> Table:
+def table_2b(size: TableSize) -> Table:
     """The loss's weight lambda, by network."""
     cells = []
     for model, values in published_figures.BY_LAMBDA.items():
@@ -110,7 +118,7 @@ def table_2b(size: Size) -> Table:
     return Table(title, tuple(cells), _notes(size))
 
 
-def table_3(size: Size) -> Table:
+def table_3(size: TableSize) -> Table:
     """ImageNet-100, 100 and 300 epochs."""
     cells: list[Cell] = []
     for epochs, by_model in published_figures.IMAGENET100.items():
@@ -127,13 +135,13 @@ def table_3(size: Size) -> Table:
     return Table(title, tuple(cells), _notes(size))
 
 
-def table_4(size: Size) -> Table:
+def table_4(size: TableSize) -> Table:
     """Ten data sets from scratch."""
     cells = _of_ten(size, published_figures.FROM_SCRATCH, published_figures.SOURCE_4, tuned=False)
     return Table("DRLoc, Table 4: from scratch", cells, _notes(size))
 
 
-def table_5(size: Size) -> Table:
+def table_5(size: TableSize) -> Table:
     """Ten data sets, fine-tuned."""
     cells = _of_ten(size, published_figures.FINE_TUNED, published_figures.SOURCE_5, tuned=True)
     notes = (*_notes(size), "The paper tells no learning rate for fine-tuning: it is our choice.")
@@ -141,7 +149,7 @@ def table_5(size: Size) -> Table:
 
 
 def _of_ten(
-    size: Size,
+    size: TableSize,
     figures: dict[str, tuple[Pair, ...]],
     source: str,
     *,
@@ -157,7 +165,7 @@ def _of_ten(
 
 
 def _pair(
-    name: str, words: str, figures: Sequence[Published], runs: Sequence[Classifier]
+    name: str, words: str, figures: Sequence[Published], runs: Sequence[ClassifierRecipe]
 ) -> list[Cell]:
     """A baseline, and the same with DRLoc."""
     base = f"{name}-base"
@@ -168,14 +176,14 @@ def _pair(
 
 
 def _run(
-    size: Size,
+    size: TableSize,
     data: str,
     model: str,
     loss: Values | None,
     *,
     epochs: int = 100,
     tuned: bool = False,
-) -> Classifier:
+) -> ClassifierRecipe:
     """The runs of one cell: ``loss`` are its values of DRLoc, None is the paired baseline.
 
     A baseline has nothing of ``loss``: so all the cells that are held to it share its runs.
@@ -185,7 +193,7 @@ def _run(
         name, values = data, presets()[f"{size.recipe}-{data}-{model}{suffix}"]
     else:
         name, values = _small(data, model, epochs)
-    return Classifier(
+    return ClassifierRecipe(
         data=name,
         values=merged(values, _BASELINE if loss is None else loss),
         network=model if size.scale == "paper" else f"small-{model}",
@@ -208,20 +216,20 @@ def _small(data: str, model: str, epochs: int) -> tuple[str, Values]:
     return name, merged(values, _SMALL_RESNET) if model == "resnet50" else values
 
 
-def _ablated(size: Size) -> str:
+def _ablated(size: TableSize) -> str:
     """What Tables 2a and 2b are measured on."""
     return "cifar100" if size.scale == "paper" else "cifar10"
 
 
-def _notes(size: Size) -> tuple[str, ...]:
+def _notes(size: TableSize) -> tuple[str, ...]:
     return (_NARROWED,) if size.scale == "small" else (_SELECTED,)
 
 
 _RULES = {
-    "lost": ("LOST", Boxes("", "", "lost")),
-    "solost": ("SoLOST", Boxes("", "", "solost")),
-    "lost-cosine": ("LOST, cosine", Boxes("", "", "lost", "cosine")),
-    "lost-pearson": ("LOST, Pearson", Boxes("", "", "lost", "pearson")),
+    "lost": ("LOST", BoxesRecipe("", "", "lost")),
+    "solost": ("SoLOST", BoxesRecipe("", "", "solost")),
+    "lost-cosine": ("LOST, cosine", BoxesRecipe("", "", "lost", "cosine")),
+    "lost-pearson": ("LOST, Pearson", BoxesRecipe("", "", "lost", "pearson")),
 }
 _SAME_IMAGES = (
     "CorLoc in % of images whose box has IoU >= 0.5 with an object, difficult ones counted; "
@@ -230,7 +238,7 @@ _SAME_IMAGES = (
 _REPORT = f"{published_figures.SOLOST_REPORT}, its comparison of backbones and similarities"
 
 
-def lost_1(size: Size) -> Table:
+def lost_1(size: TableSize) -> Table:
     """LOST against what came before, and with a detector trained on its boxes."""
     cells: list[Cell] = []
     for data, seg, lost, cad in zip(
@@ -241,11 +249,13 @@ def lost_1(size: Size) -> Table:
         strict=True,
     ):
         base = f"{data}-lost"
-        found = Detections(Boxes(data, "vit-s16"), "trainval", _detector(size, data, "lost"))
+        found = DetectorRecipe(
+            BoxesRecipe(data, "vit-s16"), "trainval", _detector(size, data, "lost")
+        )
         seg_figure = Published(seg, SECOND_HAND)
         cells += [
             Cell(f"{data}-dino-seg", f"{data}, DINO-seg", seg_figure, None, metric="CorLoc"),
-            _cell(base, f"{data}, LOST", lost, LOST_PAPER, Boxes(data, "vit-s16")),
+            _cell(base, f"{data}, LOST", lost, LOST_PAPER, BoxesRecipe(data, "vit-s16")),
             Cell(
                 f"{data}-lost-cad",
                 f"{data}, LOST + CAD",
@@ -259,36 +269,38 @@ def lost_1(size: Size) -> Table:
     return Table("LOST, Table 1: one object per image (ViT-S/16)", tuple(cells), (_SAME_IMAGES,))
 
 
-def lost_3(size: Size) -> Table:
+def lost_3(size: TableSize) -> Table:
     """LOST by backbone, and by which tensor of a ViT is the feature."""
     cells: list[Cell] = []
     for backbone, figures in published_figures.LOST_BACKBONES.items():
         for data, value in zip(PHOTO_SETS, figures, strict=True):
             words = f"{data}, {BACKBONES[backbone].words}"
             cells.append(
-                _cell(f"{data}-{backbone}", words, value, LOST_PAPER, Boxes(data, backbone))
+                _cell(f"{data}-{backbone}", words, value, LOST_PAPER, BoxesRecipe(data, backbone))
             )
     of_keys = "voc07-vit-s16"
     for feature, value in published_figures.LOST_FEATURES.items():
         if feature != "key":
-            boxes = Boxes("voc07", "vit-s16", feature="query" if feature == "query" else "value")
+            boxes = BoxesRecipe(
+                "voc07", "vit-s16", feature="query" if feature == "query" else "value"
+            )
             words = f"voc07, {BACKBONES['vit-s16'].words}, {feature}"
             cell = _cell(f"{of_keys}-{feature}", words, value, SECOND_HAND, boxes)
             cells.append(replace(cell, base=of_keys))
-    deit = Boxes("voc07", "deit-s16")
+    deit = BoxesRecipe("voc07", "deit-s16")
     words = f"voc07, {BACKBONES['deit-s16'].words}"
     cells.append(_cell("voc07-deit-s16", words, published_figures.LOST_DEIT, SECOND_HAND, deit))
     cells += _stand_ins(size, ("lost",))
     for backbone in _small_backbones(size):
         base = f"voc07-{backbone}-lost"
         for feature in ("query", "key"):
-            boxes = Boxes("voc07", backbone, feature="query" if feature == "query" else "key")
+            boxes = BoxesRecipe("voc07", backbone, feature="query" if feature == "query" else "key")
             words = f"voc07, {BACKBONES[backbone].words}, {feature} instead of value"
             cells.append(_own(f"voc07-{backbone}-{feature}", words, boxes, base))
     return Table("LOST, Table 3: backbones and features", tuple(cells), (_SAME_IMAGES,))
 
 
-def solost_4(size: Size) -> Table:
+def solost_4(size: TableSize) -> Table:
     """SoLOST against LOST, and LOST's other similarities, on every backbone."""
     cells: list[Cell] = []
     for backbone in published_figures.RULES["solost"]:
@@ -310,7 +322,7 @@ def solost_4(size: Size) -> Table:
     return Table("SoLOST, Table 4: SoLOST against LOST", tuple(cells), (_SAME_IMAGES,))
 
 
-def cad_5(size: Size) -> Table:
+def cad_5(size: TableSize) -> Table:
     """A detector trained on SoLOST's boxes against one trained on LOST's."""
     backbone = "vit-s16" if size.scale == "paper" else "vit-ti16"
     cells: list[Cell] = []
@@ -330,7 +342,7 @@ def cad_5(size: Size) -> Table:
                         name=f"{images}-{metric.lower()}-{rule}",
                         words=f"{images}, {metric}, trained on {_RULES[rule][0]}",
                         published=_figure(value),
-                        recipe=Detections(boxes, on, recipe),
+                        recipe=DetectorRecipe(boxes, on, recipe),
                         base=None if rule == "lost" else base,
                         metric="AP50" if metric == "AP50" else "CorLoc",
                     )
@@ -352,22 +364,22 @@ def _figure(value: float | None) -> Published | None:
     return None if value is None else Published(value, source)
 
 
-def _cell(name: str, words: str, value: float, source: str, boxes: Boxes) -> Cell:
+def _cell(name: str, words: str, value: float, source: str, boxes: BoxesRecipe) -> Cell:
     return Cell(name, words, Published(value, source), boxes, metric="CorLoc")
 
 
-def _own(name: str, words: str, boxes: Boxes, base: str | None) -> Cell:
+def _own(name: str, words: str, boxes: BoxesRecipe, base: str | None) -> Cell:
     """A cell that no paper has."""
     return Cell(name, words, None, boxes, base=base, metric="CorLoc")
 
 
-def _small_backbones(size: Size) -> list[str]:
+def _small_backbones(size: TableSize) -> list[str]:
     if size.scale == "paper":
         return []
     return [name for name, backbone in BACKBONES.items() if backbone.stands_in]
 
 
-def _stand_ins(size: Size, rules: tuple[str, ...]) -> Iterator[Cell]:
+def _stand_ins(size: TableSize, rules: tuple[str, ...]) -> Iterator[Cell]:
     """The same rules on backbones of no paper; the first rule is what the others are held to."""
     for backbone in _small_backbones(size):
         for rule in rules:
@@ -380,7 +392,7 @@ def _stand_ins(size: Size, rules: tuple[str, ...]) -> Iterator[Cell]:
             )
 
 
-def _detector(size: Size, data: str, preset: str) -> Values:
+def _detector(size: TableSize, data: str, preset: str) -> Values:
     """Values of train_detector."""
     if size.scale == "small":
         # Decoded in the run's own process, as it has one core.
@@ -390,7 +402,7 @@ def _detector(size: Size, data: str, preset: str) -> Values:
     return merged(values, {"steps": 10_000 if data == "voc07" else 24_000})
 
 
-TABLES: dict[str, Callable[[Size], Table]] = {
+TABLES: dict[str, Callable[[TableSize], Table]] = {
     "drloc-2a": table_2a,
     "drloc-2b": table_2b,
     "drloc-3": table_3,

@@ -24,7 +24,7 @@ _FEW_EPOCHS = 25
 
 
 @dataclass(frozen=True)
-class _Run:
+class _Recorded:
     """What the panels draw from."""
 
     history: Sequence[Mapping[str, float]]
@@ -62,7 +62,7 @@ def curves_picture(history: Sequence[Mapping[str, float]], floor_cells: float | 
         history: An entry per epoch, ``epoch`` counting from 1; names as the run's record has them.
         floor_cells: Position error of the best constant guess; None without DRLoc.
     """
-    run = _Run(history, floor_cells)
+    run = _Recorded(history, floor_cells)
     drawn = [draw for draw, name in _PANELS if run.has(name)]
     columns = 2 if len(drawn) == 4 else min(_COLUMNS, max(1, len(drawn)))
     rows = max(1, math.ceil(len(drawn) / columns))
@@ -85,7 +85,7 @@ def curves_picture(history: Sequence[Mapping[str, float]], floor_cells: float | 
     return png(figure)
 
 
-def _draw_loss(run: _Run, axes: Axes) -> None:
+def _draw_loss(run: _Recorded, axes: Axes) -> None:
     if run.has("train/drloc_weighted"):
         title(axes, "training loss")
         _line(run, axes, "train/loss", "total", INK)
@@ -95,7 +95,7 @@ def _draw_loss(run: _Run, axes: Axes) -> None:
         _line(run, axes, "train/cross_entropy", "", _BLUE)
 
 
-def _draw_drloc(run: _Run, axes: Axes) -> None:
+def _draw_drloc(run: _Recorded, axes: Axes) -> None:
     title(axes, "DRLoc")
     _line(run, axes, "train/drloc", "raw", _ORANGE)
     _line(run, axes, "train/drloc_weighted", "times lambda", _BLUE, "--")
@@ -110,7 +110,7 @@ def _draw_drloc(run: _Run, axes: Axes) -> None:
         axes.plot([], [], ":", color=FAINT, linewidth=1.8, label="lambda (right axis)")
 
 
-def _draw_position_error(run: _Run, axes: Axes) -> None:
+def _draw_position_error(run: _Recorded, axes: Axes) -> None:
     title(axes, "position error, cells")
     _line(run, axes, "train/drloc_error_cells", "head", _ORANGE)
     if run.floor_cells is not None:
@@ -119,7 +119,7 @@ def _draw_position_error(run: _Run, axes: Axes) -> None:
     axes.set_ylim(bottom=0)
 
 
-def _draw_accuracy(run: _Run, axes: Axes) -> None:
+def _draw_accuracy(run: _Recorded, axes: Axes) -> None:
     title(axes, "validation accuracy")
     _line(run, axes, "val/accuracy", "", _GREEN)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
@@ -133,7 +133,7 @@ def _draw_accuracy(run: _Run, axes: Axes) -> None:
     axes.margins(y=0.1)
 
 
-def _draw_learning_rate(run: _Run, axes: Axes) -> None:
+def _draw_learning_rate(run: _Recorded, axes: Axes) -> None:
     title(axes, "learning rate")
     _line(run, axes, "lr", "", _PURPLE)
     axes.set_ylim(bottom=0)
@@ -141,7 +141,7 @@ def _draw_learning_rate(run: _Run, axes: Axes) -> None:
     axes.yaxis.set_major_formatter("{x:g}")
 
 
-def _draw_gradient_norms(run: _Run, axes: Axes) -> None:
+def _draw_gradient_norms(run: _Recorded, axes: Axes) -> None:
     title(axes, "gradient norms")
     looks = {
         "grad_norm/total": ("total", INK, "-"),
@@ -161,20 +161,20 @@ def _draw_gradient_norms(run: _Run, axes: Axes) -> None:
         axes.set_ylim(bottom=0)
 
 
-def _draw_dino_loss(run: _Run, axes: Axes) -> None:
+def _draw_dino_loss(run: _Recorded, axes: Axes) -> None:
     title(axes, "loss to the teacher")
     _line(run, axes, "train/dino", "cross-entropy", _BLUE)
     _line(run, axes, "train/teacher_entropy", "the teacher's own entropy", _ORANGE, "--")
 
 
-def _draw_collapse(run: _Run, axes: Axes) -> None:
+def _draw_collapse(run: _Recorded, axes: Axes) -> None:
     title(axes, "collapse: where either is 0")
     _line(run, axes, "train/divergence", "divergence from the teacher", _BLUE)
     _line(run, axes, "train/feature_std", "spread of the features", _GREEN, "--")
     axes.set_ylim(bottom=0)
 
 
-def _draw_detection_losses(run: _Run, axes: Axes) -> None:
+def _draw_detection_losses(run: _Recorded, axes: Axes) -> None:
     title(axes, "losses of proposals and boxes")
     looks = {
         "train/loss_objectness": ("proposals: object?", _BLUE, "--"),
@@ -187,7 +187,7 @@ def _draw_detection_losses(run: _Run, axes: Axes) -> None:
     axes.set_ylim(bottom=0)
 
 
-def _draw_probes(run: _Run, axes: Axes) -> None:
+def _draw_probes(run: _Recorded, axes: Axes) -> None:
     title(axes, "probes")
     looks = {
         "probe/corloc": ("CorLoc", _BLUE, "-"),
@@ -200,7 +200,7 @@ def _draw_probes(run: _Run, axes: Axes) -> None:
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
 
 
-_PANELS: tuple[tuple[Callable[[_Run, Axes], None], str], ...] = (
+_PANELS: tuple[tuple[Callable[[_Recorded, Axes], None], str], ...] = (
     (_draw_loss, "train/cross_entropy"),
     (_draw_accuracy, "val/accuracy"),
     (_draw_drloc, "train/drloc"),
@@ -222,7 +222,7 @@ def _plain(axes: Axes) -> None:
     axes.spines["bottom"].set(visible=True, color=PALE)
 
 
-def _line(run: _Run, axes: Axes, name: str, label: str, colour: str, dashes: str = "-") -> None:
+def _line(run: _Recorded, axes: Axes, name: str, label: str, colour: str, dashes: str = "-") -> None:
     """Draw a curve where there is one; an empty label leaves it out of the legend."""
     epochs, values = run.curve(name)
     if epochs:

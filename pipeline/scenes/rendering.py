@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from scipy import ndimage
 
 from pipeline.scenes.backdrops import Floats, Points, Rng, blur, hsv, mix, noise, resize, rgb, step
-from pipeline.scenes.shapes import Part, extent
+from pipeline.scenes.shapes import PaintedPart, extent
 
 _FURS = ("8a5a2e", "c08a4a", "e8dcc6", "3a3230", "7d7a76", "d9b58a", "b5651d", "f1efe9", "5a3a24")
 
@@ -55,7 +55,7 @@ class Layer:
 
 
 def contrasting(
-    rng: Rng, canvas_HW3: Floats, thing: list[Part], kind: str
+    rng: Rng, canvas_HW3: Floats, thing: list[PaintedPart], kind: str
 ) -> tuple[Floats, Floats]:
     """Two colours for a coat: most often those of a few that differ most from the ground there."""
     x0, y0, x1, y1 = (max(0, int(side)) for side in extent(thing))
@@ -73,7 +73,9 @@ def contrasting(
     return first, hsv(hue + rng.uniform(-0.12, 0.12), saturation * pale, (value + lift) % 1)
 
 
-def render(rng: Rng, thing: list[Part], colours: tuple[Floats, Floats], light: Points) -> Layer:
+def render(
+    rng: Rng, thing: list[PaintedPart], colours: tuple[Floats, Floats], light: Points
+) -> Layer:
     """The thing in its own layer, each part rounded by its shading."""
     west, north, east, south = extent(thing)
     # A margin of two pixels or more, so that every part's own window lies inside the layer.

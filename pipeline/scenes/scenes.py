@@ -25,7 +25,7 @@ from pipeline.boxes import as_boxes, xyxy_to_xywh
 from pipeline.errors import ConfigError, StorageError
 from pipeline.scenes.backdrops import GROUNDS, Rng, backdrop
 from pipeline.scenes.rendering import cast_shadow, contrasting, paste, render, through_lens
-from pipeline.scenes.shapes import KINDS, Part, extent, moved
+from pipeline.scenes.shapes import KINDS, PaintedPart, extent, moved
 from pipeline.storage import Location
 
 ANNOTATIONS_NAME = "instances.json"
@@ -178,17 +178,17 @@ def _tight_box(mask_HW: NDArray[np.bool_]) -> tuple[int, int, int, int]:
 
 
 def _arrange(
-    rng: Rng, things: list[list[Part]], size: tuple[int, int], horizon: int
-) -> list[list[Part]]:
+    rng: Rng, things: list[list[PaintedPart]], size: tuple[int, int], horizon: int
+) -> list[list[PaintedPart]]:
     """The things in pixels: the first one big and off the centre, the others clear of it."""
-    placed: list[list[Part]] = []
+    placed: list[list[PaintedPart]] = []
     # At least about 14 pixels a side, also in a thumbnail.
     least = 200 / (size[0] * size[1])
     for thing in things:
         low, high = (0.09, 0.42) if not placed else (max(0.015, least), max(0.07, least))
         share = float(np.exp(rng.uniform(np.log(low), np.log(high))))
         turned = moved(thing, (float(rng.choice([-1, 1])), 1))
-        spots: list[tuple[float, list[Part]]] = []
+        spots: list[tuple[float, list[PaintedPart]]] = []
         for _ in range(40):
             spot = _stand(rng, turned, size, (share, horizon))
             spots.append((max((_overlap(spot, other) for other in placed), default=0.0), spot))
@@ -200,8 +200,8 @@ def _arrange(
 
 
 def _stand(
-    rng: Rng, thing: list[Part], size: tuple[int, int], plan: tuple[float, int]
-) -> list[Part]:
+    rng: Rng, thing: list[PaintedPart], size: tuple[int, int], plan: tuple[float, int]
+) -> list[PaintedPart]:
     """The thing at a random place on the ground, its box covering about the planned share."""
     (height, width), (share, horizon) = size, plan
     x0, y0, x1, y1 = extent(thing)
@@ -215,7 +215,7 @@ def _stand(
     return moved(thing, (scale, scale), (left - x0 * scale, foot - y1 * scale))
 
 
-def _overlap(one: list[Part], other: list[Part]) -> float:
+def _overlap(one: list[PaintedPart], other: list[PaintedPart]) -> float:
     """The two boxes' intersection as a share of the smaller one."""
     a, b = np.array(extent(one)), np.array(extent(other))
     common = (np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])).clip(0).prod()

@@ -18,7 +18,7 @@ from contextlib import suppress
 from itertools import takewhile
 from typing import Any, TypeVar
 
-from pipeline.storage import one_line, without_secrets
+from pipeline.errors import one_line, without_secrets
 from pipeline.tracking.spool import Event, Spool, parsed
 
 TRACKER_TAG = "patchseed.tracker"

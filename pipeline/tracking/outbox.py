@@ -18,8 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.errors import StorageError
-from pipeline.storage import one_line
+from pipeline.errors import StorageError, one_line
 from pipeline.tracking.courier import Courier, legal, reason
 from pipeline.tracking.spool import Event, Spool
 

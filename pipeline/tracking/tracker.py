@@ -31,13 +31,19 @@ from types import TracebackType
 from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pipeline.errors import ConfigError, DataError, PatchseedError, StorageError
-from pipeline.storage import one_line, without_secrets
+from pipeline.errors import (
+    ConfigError,
+    DataError,
+    PatchseedError,
+    StorageError,
+    one_line,
+    without_secrets,
+)
 from pipeline.tracking.courier import Courier, reason
 from pipeline.tracking.outbox import Delivery, Outbox
 from pipeline.tracking.spool import Event, Spool
 
-Status = Literal["FINISHED", "FAILED", "KILLED"]
+RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
 OFF = "off"
 CLOSE_SECONDS = 15.0
@@ -101,7 +107,7 @@ class Tracker(ABC):
         )
 
     @abstractmethod
-    def close(self, status: Status = "FINISHED", timeout_s: float = CLOSE_SECONDS) -> Delivery:
+    def close(self, status: RunStatus = "FINISHED", timeout_s: float = CLOSE_SECONDS) -> Delivery:
         """End the run, wait at most ``timeout_s`` for what is on its way, say what became of it.
 
         Events that MLflow does not have by then stay in the spool; the log names the command that
@@ -127,7 +133,7 @@ class Tracker(ABC):
 class NoTracker(Tracker):
     """Records nothing: what the URI ``off`` gives."""
 
-    def close(self, status: Status = "FINISHED", timeout_s: float = CLOSE_SECONDS) -> Delivery:
+    def close(self, status: RunStatus = "FINISHED", timeout_s: float = CLOSE_SECONDS) -> Delivery:
         """An empty delivery."""
         return Delivery()
 
@@ -151,7 +157,7 @@ class MlflowTracker(Tracker):
         self._courier.run_known.wait(timeout_s)
         return self.run_id
 
-    def close(self, status: Status = "FINISHED", timeout_s: float = CLOSE_SECONDS) -> Delivery:
+    def close(self, status: RunStatus = "FINISHED", timeout_s: float = CLOSE_SECONDS) -> Delivery:
         if self._delivery is None:
             self._record("end", lambda: {"status": status})
             self._delivery = self._outbox.close(timeout_s)

@@ -30,8 +30,8 @@ import torch
 from pyarrow import fs
 from torch import Tensor, nn
 
-from pipeline.errors import StorageError, WeightsError
-from pipeline.storage import Location, one_line
+from pipeline.errors import StorageError, WeightsError, one_line
+from pipeline.storage import Location
 
 INDEX_NAME = "checkpoints.json"
 INDEX_VERSION = 1

@@ -2,7 +2,7 @@
 
 The learning rate of a group is the schedule's times the group's ``lr_scale``. Scales come from a
 function that maps parameter names to them: ``layerwise_scales`` or ``backbone_scales`` here, or one
-of your own. To add an optimiser: a function, a case in ``build_optimizer``, its name in ``Kind``.
+of your own. To add an optimiser: a function, a case in ``build_optimizer``, its name in ``OptimizerKind``.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
-Kind = Literal["adamw", "sgd"]
+OptimizerKind = Literal["adamw", "sgd"]
 ParameterGroup = dict[str, Any]
 
 NEVER_DECAYED = (
@@ -174,7 +174,7 @@ def _check_prefixes(names: Sequence[str], prefixes: Iterable[str]) -> None:
 def build_optimizer(
     groups: Sequence[ParameterGroup],
     *,
-    kind: Kind,
+    kind: OptimizerKind,
     lr: float,
     betas: tuple[float, float] = (0.9, 0.999),
     momentum: float = 0.9,

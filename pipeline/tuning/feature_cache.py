@@ -143,7 +143,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Batch:
+class FeatureBatch:
     """Images whose features share a grid: their rows of the sample, and where the tensor lies."""
 
     rows: list[int]
@@ -192,7 +192,7 @@ class FeatureCache:
         key: Mapping[str, Any],
         sources: Sequence[Source],
         sample: Sample,
-        batches: Sequence[Batch],
+        batches: Sequence[FeatureBatch],
     ) -> None:
         """Write what the features are of: from now on the cache is whole."""
         save_file(_as_tensors(sample), self.folder.child("images.safetensors").path)
@@ -223,9 +223,9 @@ class FeatureCache:
         index = self._whole()
         if list(source) not in index["sources"]:
             raise DataError(f"{self.folder} holds no {source[0]} of block {source[1]}")
-        by_shard: dict[str, list[Batch]] = {}
+        by_shard: dict[str, list[FeatureBatch]] = {}
         for rows, shard, name in index["batches"]:
-            by_shard.setdefault(shard, []).append(Batch(rows, shard, name))
+            by_shard.setdefault(shard, []).append(FeatureBatch(rows, shard, name))
         for shard, batches in by_shard.items():
             path = self.folder.child(folder_of(source)).child(f"{shard}.safetensors").path
             with safe_open(path, framework="pt") as file:

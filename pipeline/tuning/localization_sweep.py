@@ -33,7 +33,7 @@ from pipeline.models.features import NORMALIZATIONS, in_precision, normalize_and
 from pipeline.storage import Location
 from pipeline.tuning.feature_cache import (
     BYTES,
-    Batch,
+    FeatureBatch,
     FeatureCache,
     ManyFeatures,
     Sample,
@@ -98,7 +98,7 @@ def fill(cache: FeatureCache, wanted: Wanted, tell: Tell) -> None:
     cache.delete()
     seen: list[tuple[int, int]] = []
     sizes: list[tuple[int, int]] = []
-    batches: list[Batch] = []
+    batches: list[FeatureBatch] = []
     for number, (decoded, images) in enumerate(_decoded(job, blocks)):
         first = len(seen)
         seen += [(0, 0) if one is None else (one.shape[1], one.shape[0]) for one in images]
@@ -222,7 +222,7 @@ def _forward(
     many: ManyFeatures,
     images: Sequence[Image | None],
     place: tuple[int, int],
-) -> list[Batch]:
+) -> list[FeatureBatch]:
     """Write a block's features; its batches are those that label_images.py makes of it."""
     (number, first), method = place, _method_of(wanted.job)
     labeller = PseudoBoxLabeller(
@@ -230,7 +230,7 @@ def _forward(
     )
     mean, std = NORMALIZATIONS[method.normalize]
     found: dict[Source, dict[str, torch.Tensor]] = {one: {} for one in wanted.sources}
-    batches: list[Batch] = []
+    batches: list[FeatureBatch] = []
     for rows in labeller.batches(images):
         name = f"{len(batches):04d}"
         pixels = [image for row in rows if (image := images[row]) is not None]
@@ -238,7 +238,7 @@ def _forward(
         with in_precision(method.precision, wanted.device):
             for source, tokens_BHWD in many(batch.to(wanted.device)).items():
                 found[source][name] = tokens_BHWD.cpu()
-        batches.append(Batch([first + row for row in rows], f"{number:05d}", name))
+        batches.append(FeatureBatch([first + row for row in rows], f"{number:05d}", name))
     for source, tensors in found.items():
         cache.write_shard(number, source, tensors, wanted.precision)
     return batches

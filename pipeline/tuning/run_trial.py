@@ -13,17 +13,17 @@ from typing import Any
 import torch
 
 from pipeline.config import TrainingJob
-from pipeline.errors import ConfigError, PatchseedError
+from pipeline.errors import ConfigError, PatchseedError, one_line
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.life import Outside, TrainHere
-from pipeline.storage import Location, one_line
+from pipeline.storage import Location
 from pipeline.training.workers import current_workers
 from pipeline.tuning.segment import SegmentTask, train_segment
 from pipeline.tuning.space import OWN, Space, Values, space_of
-from pipeline.tuning.trials import Proposal, Status, Trial, finite
+from pipeline.tuning.trials import Proposal, Trial, TrialStatus, finite
 from pipeline.tuning.tuned_job import TRAINED, Tree, settings_of, train_here
 
-Report = Callable[[int, float], None]
+ReportEpoch = Callable[[int, float], None]
 """Told the epoch from 1 and the metric so far; it may not return, where the trial is stopped."""
 
 Fit = Callable[[TrainingJob, RunFolder, TrainHere, "Watch"], dict[str, Any]]
@@ -53,10 +53,10 @@ class TrialTask:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrialOutcome:
     """What came of a trial; JSON values."""
 
-    status: Status
+    status: TrialStatus
     metric: float | None = None
     reason: str | None = None
     epochs: int | None = None
@@ -93,11 +93,11 @@ class Watch:
 def run_trial(
     task: TrialTask,
     values: Values,
-    report: Report,
+    report: ReportEpoch,
     *,
     segment: SegmentTask | None = None,
     fit: Fit | None = None,
-) -> Outcome:
+) -> TrialOutcome:
     """Run a trial to its end; whatever goes wrong in it becomes its reason.
 
     Args:
@@ -121,9 +121,9 @@ def run_trial(
         else:
             outcome = _train(task, space, values, fit or partial(_fit_here, told=told))
     except PatchseedError as fault:
-        return Outcome("failed", told.metric, one_line(fault), told.epoch)
+        return TrialOutcome("failed", told.metric, one_line(fault), told.epoch)
     except Exception as fault:  # a trial may raise whatever it likes, and run out of memory
-        return Outcome(
+        return TrialOutcome(
             "failed", told.metric, f"{type(fault).__name__}: {one_line(fault)}", told.epoch
         )
     if outcome.status in ("ok", "part") and finite(outcome.metric) is None:
@@ -134,7 +134,7 @@ def run_trial(
     return outcome
 
 
-def ended(proposed: Proposal, outcome: Outcome, began: float) -> Trial:
+def ended(proposed: Proposal, outcome: TrialOutcome, began: float) -> Trial:
     """The record of a trial that began at that ``time.monotonic()``."""
     return Trial(
         number=proposed.number,
@@ -155,7 +155,7 @@ def ended(proposed: Proposal, outcome: Outcome, began: float) -> Trial:
 class _Told:
     """The last thing a trial told."""
 
-    report: Report
+    report: ReportEpoch
     epoch: int | None = None
     metric: float | None = None
 
@@ -171,18 +171,18 @@ class _Told:
             self(*latest)
 
 
-def _run_own(space: Space, values: Values, told: _Told) -> Outcome:
+def _run_own(space: Space, values: Values, told: _Told) -> TrialOutcome:
     assert space.run is not None
-    return Outcome("ok", space.run(values, told), epochs=told.epoch)
+    return TrialOutcome("ok", space.run(values, told), epochs=told.epoch)
 
 
-def _localize(task: TrialTask, space: Space, values: Values) -> Outcome:
+def _localize(task: TrialTask, space: Space, values: Values) -> TrialOutcome:
     from pipeline.tuning.localization_sweep import measured
 
     assert task.cache is not None
     settings: Any = settings_of(space, task.base, values)
     numbers = measured(Location.parse(task.cache), settings)
-    return Outcome("ok", numbers.get(space.metric), numbers=numbers)
+    return TrialOutcome("ok", numbers.get(space.metric), numbers=numbers)
 
 
 def _fit_here(
@@ -198,14 +198,14 @@ def _fit_here(
     return train(job, folder, current_workers(device), outside)
 
 
-def _train(task: TrialTask, space: Space, values: Values, fit: Fit) -> Outcome:
+def _train(task: TrialTask, space: Space, values: Values, fit: Fit) -> TrialOutcome:
     job = training_job(task, space, values)
     folder = RunFolder.of(job)
     with folder.held(job):
         watch = Watch(replace(space, run=None), folder, job.num_epochs)
         summary = fit(job, folder, train_here(space.job), watch)
     history = folder.history()
-    return Outcome(
+    return TrialOutcome(
         "ok",
         judged(space, history),
         epochs=len(history),
@@ -216,7 +216,7 @@ def _train(task: TrialTask, space: Space, values: Values, fit: Fit) -> Outcome:
 
 def _train_segment(
     task: TrialTask, space: Space, values: Values, told: _Told, segment: SegmentTask
-) -> Outcome:
+) -> TrialOutcome:
     job = training_job(task, space, values, segment.output)
     folder = RunFolder.of(job)
     workers = current_workers(torch.device("cuda" if task.use_gpu else "cpu"))
@@ -234,9 +234,9 @@ def _train_segment(
     history, place = folder.history(), str(folder.place)
     if summary is None:
         metric = judged(of_now, history[segment.after : segment.until])
-        return Outcome("part", metric, epochs=segment.until, folder=place)
+        return TrialOutcome("part", metric, epochs=segment.until, folder=place)
     metric = judged(space, history)
-    return Outcome("ok", metric, epochs=len(history), folder=place, numbers=summary["metrics"])
+    return TrialOutcome("ok", metric, epochs=len(history), folder=place, numbers=summary["metrics"])
 
 
 def training_job(

@@ -20,8 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from pipeline.errors import ConfigError
-from pipeline.storage import one_line
+from pipeline.errors import ConfigError, one_line
 
 Values = dict[str, Any]
 """Settings by dotted name."""

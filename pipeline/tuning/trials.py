@@ -22,12 +22,12 @@ import yaml
 
 from pipeline.config.tuning import TuneJob
 from pipeline.data.pseudo_labels import config_hash
-from pipeline.errors import ConfigError, PatchseedError, StorageError
+from pipeline.errors import ConfigError, PatchseedError, StorageError, one_line
 from pipeline.lease import Lease
-from pipeline.storage import Location, one_line
+from pipeline.storage import Location
 from pipeline.tuning.space import Space, Values
 
-Status = Literal["ok", "part", "stopped", "failed"]
+TrialStatus = Literal["ok", "part", "stopped", "failed"]
 
 DEFAULT_SAMPLES = 16
 """Trials, where nobody said how many; or members of a population."""
@@ -79,7 +79,7 @@ class Trial(Proposal):
         numbers: others that were measured.
     """
 
-    status: Status
+    status: TrialStatus
     metric: float | None
     seconds: float
     reason: str | None = None

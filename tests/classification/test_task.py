@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.classification.augment import AugmentOptions, MixOptions, train_transform
 from pipeline.classification.setup import build_objective
-from pipeline.classification.task import Inputs, SupervisedTask
+from pipeline.classification.task import ClassInputs, SupervisedTask
 from pipeline.config import ClassifierConfig, DataConfig, DRLocConfig, TrainClassifierJob
 from pipeline.data.loader import Batch, LoaderOptions, ShardedBatchSampler, train_loader
 from pipeline.training.loop import Hooks, LoopSettings, LoopState, StepKey, train
@@ -149,7 +149,7 @@ def are_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return all(torch.equal(value, second[name]) for name, value in first.items())
 
 
-def inputs_of(task: SupervisedTask, epoch: int) -> list[list[Inputs]]:
+def inputs_of(task: SupervisedTask, epoch: int) -> list[list[ClassInputs]]:
     """The parts of each batch of an epoch."""
     return [
         [
@@ -160,7 +160,7 @@ def inputs_of(task: SupervisedTask, epoch: int) -> list[list[Inputs]]:
     ]
 
 
-def joined(parts: list[Inputs]) -> list[Tensor]:
+def joined(parts: list[ClassInputs]) -> list[Tensor]:
     """Images, targets and each grid's pairs, as if there were one part."""
     images, targets, pairs = zip(*parts, strict=True)
     return [

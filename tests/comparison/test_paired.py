@@ -19,7 +19,7 @@ from pipeline.comparison.difference import (
     sign_flip_p,
     verdict_of,
 )
-from pipeline.comparison.paired import Comparison, RunRecord, compare
+from pipeline.comparison.paired import Comparison, RecordedRun, compare
 from pipeline.errors import DataError
 
 METRIC = "test/accuracy_selected"
@@ -37,16 +37,16 @@ def run(
     metric: str = METRIC,
     finished: bool = True,
     **config: Any,
-) -> RunRecord:
+) -> RecordedRun:
     """A run of group ``key``; ``config`` names settings with ``__`` for a dot."""
     settings = {name.replace("__", "."): str(setting) for name, setting in config.items()}
     texts = {"drloc.weight": str(weight), "seed": str(seed), **settings}
     metrics = {} if value is None else {metric: value}
     name = f"{key}-{weight}-{seed}-{sorted(settings.items())}"
-    return RunRecord(name, texts, metrics, key, name, seed, weight, finished, f"runs/{name}")
+    return RecordedRun(name, texts, metrics, key, name, seed, weight, finished, f"runs/{name}")
 
 
-def pairs(baseline: Sequence[float], treated: Sequence[float], **config: Any) -> list[RunRecord]:
+def pairs(baseline: Sequence[float], treated: Sequence[float], **config: Any) -> list[RecordedRun]:
     """Runs of the seeds 0, 1, ... with weight 0 and with weight 0.5."""
     runs = [run(value, seed=seed, **config) for seed, value in enumerate(baseline)]
     return runs + [
@@ -54,7 +54,7 @@ def pairs(baseline: Sequence[float], treated: Sequence[float], **config: Any) ->
     ]
 
 
-def compared(records: Sequence[RunRecord], **how: Any) -> Comparison:
+def compared(records: Sequence[RecordedRun], **how: Any) -> Comparison:
     return compare(records, METRIC, **how)
 
 
@@ -204,7 +204,7 @@ def test_baseline_is_weight_zero_whatever_the_other_knobs_of_the_loss_are() -> N
 
 
 def test_groups_are_told_apart_by_what_differs_between_them_only() -> None:
-    def both(key: str, **config: Any) -> list[RunRecord]:
+    def both(key: str, **config: Any) -> list[RecordedRun]:
         known = {"data__name": "cifar10", "epochs": 9, "optim__betas": (0.9, 0.999)}
         return pairs([0.1, 0.2], [0.1, 0.3], key=key, **known, **config)
 

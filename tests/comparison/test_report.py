@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from pipeline.comparison.paired import Comparison, RunRecord, compare
+from pipeline.comparison.paired import Comparison, RecordedRun, compare
 from pipeline.comparison.report import (
     MOST_ARMS,
     as_csv,
@@ -24,10 +24,10 @@ from pipeline.comparison.report import (
 METRIC = "test/accuracy_selected"
 
 
-def runs(key: str, weight: float, values: list[float], metric: str = METRIC) -> list[RunRecord]:
+def runs(key: str, weight: float, values: list[float], metric: str = METRIC) -> list[RecordedRun]:
     """One run for each seed 0, 1, ... of data set ``key``."""
     return [
-        RunRecord(
+        RecordedRun(
             name=f"{key}-{seed}",
             config={"data.name": key, "epochs": "9", "drloc.weight": str(weight)},
             metrics={metric: value},
@@ -87,7 +87,7 @@ def test_terminal_fits_80_columns_but_for_its_remarks(three_arms: Comparison) ->
 
 
 def test_settings_with_brackets_are_shown_as_they_are() -> None:
-    def staged(stages: str) -> list[RunRecord]:
+    def staged(stages: str) -> list[RecordedRun]:
         arm = runs("a", 0.5, [0.6, 0.701])
         return [replace(one, config={**one.config, "drloc.stages": stages}) for one in arm]
 
@@ -121,8 +121,8 @@ def test_remarks_say_what_was_left_out(three_arms: Comparison) -> None:
 def test_repeats_unfinished_and_metricless_runs_are_told() -> None:
     base, treated = runs("a", 0, [0.5, 0.6]), runs("a", 0.5, [0.5, 0.7])
     again = runs("a", 0, [0.53])
-    unfinished = RunRecord("u", {}, {}, "a", "", 7, 0.0, False, "")
-    blank = RunRecord("b", {}, {}, "a", "", 8, 0.0, True, "")
+    unfinished = RecordedRun("u", {}, {}, "a", "", 7, 0.0, False, "")
+    blank = RecordedRun("b", {}, {}, "a", "", 8, 0.0, True, "")
     told = "\n".join(remarks(compare([*base, *treated, *again, unfinished, blank], METRIC)))
     assert "1 unfinished runs are left out." in told
     assert "1 finished runs have no finite test/accuracy_selected" in told

@@ -130,7 +130,7 @@ def test_no_more_is_kept_than_allowed(tmp_path: Path, monkeypatch: pytest.Monkey
         pa.table({"image": heavy, "label": list(range(20))}), tmp_path / "t", row_group_size=5
     )
     images = read_parquet(str(tmp_path / "t")).train
-    assert isinstance(images, labelled_parquet.TableImages)
+    assert isinstance(images, labelled_parquet.ParquetImages)
     monkeypatch.setattr(labelled_parquet, "CACHE_BYTES", 12 * len(heavy[0]))
     seen = []
     for index in range(20):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import ConfigError, WeightsError
 from pipeline.models import onnx_export
-from pipeline.models.grid_classifier import Prediction
+from pipeline.models.grid_classifier import LogitsAndGrids
 from pipeline.models.onnx_export import export_onnx
 from tests.models.narrow_classifiers import (
     DESCRIPTIONS,
@@ -65,17 +65,17 @@ def test_the_onnx_file_gives_the_networks_logits(
 class Fickle(nn.Module):
     """Gives something else once it was traced."""
 
-    def forward(self, images: Tensor) -> Prediction:
+    def forward(self, images: Tensor) -> LogitsAndGrids:
         rows = images.mean(dim=(2, 3))
-        return Prediction(rows if torch.compiler.is_exporting() else rows * 1.001, ())
+        return LogitsAndGrids(rows if torch.compiler.is_exporting() else rows * 1.001, ())
 
 
 class OnlyPairs(nn.Module):
     """Can be traced for one number of images alone."""
 
-    def forward(self, images: Tensor) -> Prediction:
+    def forward(self, images: Tensor) -> LogitsAndGrids:
         rows = images.mean(dim=(2, 3))
-        return Prediction(rows * len(rows.tolist()), ())
+        return LogitsAndGrids(rows * len(rows.tolist()), ())
 
 
 @pytest.mark.slow

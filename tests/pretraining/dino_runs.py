@@ -21,7 +21,7 @@ from pipeline.pretraining.network import DINONetwork
 from pipeline.pretraining.task import DINOObjective, DINOTask
 from pipeline.pretraining.views import MultiCropOptions
 from pipeline.training.loop import Hooks, LoopSettings, LoopState, StepKey, train
-from pipeline.training.optim import Kind, build_optimizer, parameter_groups
+from pipeline.training.optim import OptimizerKind, build_optimizer, parameter_groups
 from pipeline.training.schedules import cosine
 from pipeline.training.workers import Workers
 
@@ -64,7 +64,7 @@ class Choice:
     norm_last_layer: bool = True
     freeze_last_layer: int = 1
     views: MultiCropOptions = VIEWS
-    optimizer: Kind = "sgd"
+    optimizer: OptimizerKind = "sgd"
     lr: float = 0.3
     precision: str = "fp32"
     total_epochs: int = 3

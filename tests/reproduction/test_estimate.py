@@ -7,18 +7,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline.config import TrainClassifierJob
 from pipeline.config.presets import merged
 from pipeline.models.backbones import build_model
-from pipeline.reproduction.cells import Classifier
+from pipeline.reproduction.cells import ClassifierRecipe
 from pipeline.reproduction.estimate import _NETWORKS
-from pipeline.reproduction.tables import TABLES, Size
+from pipeline.reproduction.tables import TABLES, TableSize
 
 
 @pytest.mark.parametrize("scale", ["paper", "small"])
 def test_operations_and_weights_are_those_of_the_networks(scale: str) -> None:
-    size = Size("small") if scale == "small" else Size("paper")
+    size = TableSize("small") if scale == "small" else TableSize("paper")
     recipes = {
         cell.recipe.network: cell.recipe
         for cell in TABLES["drloc-4"](size).cells
-        if isinstance(cell.recipe, Classifier) and cell.recipe.data == "cifar10"
+        if isinstance(cell.recipe, ClassifierRecipe) and cell.recipe.data == "cifar10"
     }
     assert len(recipes) == 4
     for network, recipe in recipes.items():

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 
 from pipeline.errors import DataError
-from pipeline.reproduction.cells import Boxes, Cell, Classifier, Cost, Detections, Run
+from pipeline.reproduction.cells import (
+    BoxesRecipe,
+    Cell,
+    ClassifierRecipe,
+    Cost,
+    DetectorRecipe,
+    Run,
+)
 from pipeline.reproduction.inputs import Photos
 from pipeline.reproduction.measured import difference, lines_of, measure
 from pipeline.reproduction.plan import Plan, PlannedCell
@@ -16,7 +23,7 @@ from pipeline.storage import Location
 from tests.evaluation.annotated import truth
 from tests.tables import label_row, write_table
 
-CLASSIFIER = Classifier("cifar10", {}, "small-swin")
+CLASSIFIER = ClassifierRecipe("cifar10", {}, "small-swin")
 
 
 def trained(
@@ -110,7 +117,9 @@ def test_corloc_and_its_gain_are_resampled_over_the_same_photos(tmp_path: Path) 
     rng = np.random.default_rng(0)
     base_N, hits_N = rng.random(80) < 0.4, rng.random(80) < 0.6
     seen = photos(80)
-    cells = [Cell(name, name, None, Boxes("voc07", "vit-s16"), metric="CorLoc") for name in "ab"]
+    cells = [
+        Cell(name, name, None, BoxesRecipe("voc07", "vit-s16"), metric="CorLoc") for name in "ab"
+    ]
     sides = [
         measure(PlannedCell(one, (labelled(tmp_path / one.name, hits.tolist()),), seen))
         for one, hits in zip(cells, (base_N, hits_N), strict=True)
@@ -134,7 +143,7 @@ def test_detections_are_measured_by_either_metric_for_each_seed(tmp_path: Path) 
         labelled(tmp_path / str(seed), hits)
         for seed, hits in enumerate([[True] * 4, [True, True, False, False]])
     )
-    recipe = Detections(Boxes("voc07", "vit-s16"), "test")
+    recipe = DetectorRecipe(BoxesRecipe("voc07", "vit-s16"), "test")
     corloc = measure(PlannedCell(Cell("c", "c", None, recipe, metric="CorLoc"), runs, seen))
     ap50 = measure(PlannedCell(Cell("a", "a", None, recipe, metric="AP50"), runs, seen))
     assert corloc is not None

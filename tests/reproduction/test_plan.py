@@ -7,15 +7,17 @@ from typing import Any
 import pytest
 
 from pipeline.errors import DataError
-from pipeline.reproduction.cells import Classifier
+from pipeline.reproduction.cells import ClassifierRecipe
 from pipeline.reproduction.estimate import ONE_CORE, Speed, classifier_cost
 from pipeline.reproduction.inputs import AtHand
 from pipeline.reproduction.plan import Choices, Plan, plan_cells
-from pipeline.reproduction.tables import TABLES, Size
+from pipeline.reproduction.tables import TABLES, TableSize
 from pipeline.storage import Location
 
 
-def planned(table: str, folder: Path, *data: str, size: Size | None = None, **more: Any) -> Plan:
+def planned(
+    table: str, folder: Path, *data: str, size: TableSize | None = None, **more: Any
+) -> Plan:
     """A table with some data at hand."""
     places = {name: str(folder) for name in data}
     at_hand = more.pop("at_hand", AtHand(places))
@@ -27,7 +29,7 @@ def planned(table: str, folder: Path, *data: str, size: Size | None = None, **mo
         training={"num_workers": 0},
         **more,
     )
-    return plan_cells(TABLES[table](size or Size("small")).cells, choices)
+    return plan_cells(TABLES[table](size or TableSize("small")).cells, choices)
 
 
 def missing(plan: Plan) -> dict[str, str]:
@@ -66,7 +68,7 @@ def test_runs_cut_short_are_other_runs_and_valid(tmp_path: Path) -> None:
         cut = planned("drloc-2a", tmp_path, "cifar10", epochs=epochs)
         assert not set(names_of(whole.runs)) & set(names_of(cut.runs))
         assert {run.values["epochs"] for run in cut.runs} == {epochs}
-    paper = planned("drloc-2a", tmp_path, "cifar100", size=Size("paper"), epochs=2)
+    paper = planned("drloc-2a", tmp_path, "cifar100", size=TableSize("paper"), epochs=2)
     assert {run.values["stop_after"] for run in paper.runs} == {None}
 
 
@@ -92,7 +94,7 @@ def test_rows_without_weights_say_which_flag_gives_them(tmp_path: Path) -> None:
 
 def test_published_weights_are_fetched_only_where_that_was_allowed(tmp_path: Path) -> None:
     given = {"cifar10": str(tmp_path)}
-    paper = Size("paper")
+    paper = TableSize("paper")
     refused = planned("drloc-5", tmp_path, at_hand=AtHand(given), size=paper, num_seeds=1)
     assert not refused.runs
     allowed = AtHand(given, fetch=True)
@@ -111,7 +113,7 @@ def test_a_place_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 def test_reckoned_hours_follow_epochs_and_speed() -> None:
     values = {"data": {"train_per_class": 100, "validation_fraction": 0.0}, "epochs": 10}
-    recipe = Classifier("cifar10", values, "small-swin")
+    recipe = ClassifierRecipe("cifar10", values, "small-swin")
     cost = classifier_cost(recipe, values, Speed(0.01, 1))
     # 10 epochs of 1,000 images, three times a forward pass; the test images twice at the end.
     assert cost.seconds == pytest.approx(2e9 * 0.0143 * (3 * 10_000 + 20_000) / 1e10)

@@ -8,7 +8,7 @@ from PIL import Image
 from rich.console import Console
 
 from pipeline.reproduction.cells import Cell
-from pipeline.reproduction.measured import Difference, Line, Measured
+from pipeline.reproduction.measured import Gain, Line, Measured
 from pipeline.reproduction.published_figures import Published
 from pipeline.reproduction.report import (
     MOST_LINES,
@@ -35,14 +35,14 @@ FULL = line(
     "full",
     measured=Measured(62.5, 1.0, (60.0, 65.0), {0: 61.5, 1: 63.5}),
     published_gain=-0.5,
-    gain=Difference(2.0, (-1.0, 5.0), 2, 0.1),
+    gain=Gain(2.0, (-1.0, 5.0), 2, 0.1),
     p_holm=0.2,
     state="ok",
 )
 PHOTOS = line(
     "photos",
     measured=Measured(50.0, None, (45.0, 55.0), hits_N=np.array([True, False])),
-    gain=Difference(1.0, (-2.0, 4.0), 2),
+    gain=Gain(1.0, (-2.0, 4.0), 2),
     num_photos=2,
     state="ok",
 )

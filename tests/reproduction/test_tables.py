@@ -11,24 +11,27 @@ from pipeline.config.reproduction import TableName
 from pipeline.errors import ConfigError
 from pipeline.reproduction import published_figures
 from pipeline.reproduction.backbones import BACKBONES
-from pipeline.reproduction.cells import Boxes, Cell, Classifier, Detections
-from pipeline.reproduction.tables import TABLES, Size, chosen_cells
+from pipeline.reproduction.cells import BoxesRecipe, Cell, ClassifierRecipe, DetectorRecipe
+from pipeline.reproduction.tables import TABLES, TableSize, chosen_cells
 
-SIZES = [Size("small"), *(Size("paper", recipe) for recipe in ("sane", "reference", "paper"))]
+SIZES = [
+    TableSize("small"),
+    *(TableSize("paper", recipe) for recipe in ("sane", "reference", "paper")),
+]
 
 
-def cells_of(table: str, size: Size) -> dict[str, Cell]:
+def cells_of(table: str, size: TableSize) -> dict[str, Cell]:
     return {cell.name: cell for cell in TABLES[table](size).cells}
 
 
 def job_of(cell: Cell, seed: int = 0) -> TrainClassifierJob:
-    assert isinstance(cell.recipe, Classifier)
+    assert isinstance(cell.recipe, ClassifierRecipe)
     values = merged(cell.recipe.values, {"data": {"root": "/data"}, "seed": seed})
     return TrainClassifierJob.model_validate(values)
 
 
 def figure(table: str, row: str) -> float:
-    told = cells_of(table, Size("paper"))[row].published
+    told = cells_of(table, TableSize("paper"))[row].published
     assert told is not None
     return told.value
 
@@ -39,7 +42,7 @@ def test_the_job_names_exactly_these_tables() -> None:
 
 @pytest.mark.parametrize(("table", "size"), product(TABLES, SIZES), ids=str)
 def test_every_row_is_unique_and_stands_behind_what_it_is_compared_with(
-    table: str, size: Size
+    table: str, size: TableSize
 ) -> None:
     seen: set[str] = set()
     for cell in TABLES[table](size).cells:
@@ -50,21 +53,21 @@ def test_every_row_is_unique_and_stands_behind_what_it_is_compared_with(
 
 
 @pytest.mark.parametrize(("table", "size"), product(TABLES, SIZES), ids=str)
-def test_every_row_is_a_job_that_its_script_accepts(table: str, size: Size) -> None:
+def test_every_row_is_a_job_that_its_script_accepts(table: str, size: TableSize) -> None:
     for cell in TABLES[table](size).cells:
         match cell.recipe:
-            case Classifier():
+            case ClassifierRecipe():
                 job_of(cell)
-            case Boxes(backbone=backbone):
+            case BoxesRecipe(backbone=backbone):
                 assert backbone in BACKBONES
-            case Detections(boxes=boxes, values=values):
+            case DetectorRecipe(boxes=boxes, values=values):
                 assert boxes.backbone in BACKBONES
                 TrainDetectorJob.model_validate({**values, "labels": "/labels"})
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("table", [name for name in TABLES if name.startswith("drloc")])
-def test_a_row_and_its_baseline_differ_in_nothing_but_drloc(table: str, size: Size) -> None:
+def test_a_row_and_its_baseline_differ_in_nothing_but_drloc(table: str, size: TableSize) -> None:
     cells = cells_of(table, size)
     compared = [cell for cell in cells.values() if cell.base]
     assert compared
@@ -84,12 +87,12 @@ def test_rows_turn_what_their_table_is_about() -> None:
 
 def test_rows_at_the_papers_size_are_its_presets() -> None:
     known = presets()
-    cells = cells_of("drloc-2a", Size("paper", "paper"))
+    cells = cells_of("drloc-2a", TableSize("paper", "paper"))
     recipe = cells["m32"].recipe
-    assert isinstance(recipe, Classifier)
+    assert isinstance(recipe, ClassifierRecipe)
     assert recipe.values == known["paper-cifar100-swin-m32"]
-    recipe = cells_of("drloc-3", Size("paper"))["cvt-300ep-drloc"].recipe
-    assert isinstance(recipe, Classifier)
+    recipe = cells_of("drloc-3", TableSize("paper"))["cvt-300ep-drloc"].recipe
+    assert isinstance(recipe, ClassifierRecipe)
     assert recipe.values == known["reference-imagenet100-cvt-300ep"]
 
 
@@ -119,7 +122,7 @@ def test_the_papers_own_gains() -> None:
 
 
 def test_rows_are_chosen_by_pattern_with_what_they_are_compared_with() -> None:
-    table = TABLES["drloc-2b"](Size("small"))
+    table = TABLES["drloc-2b"](TableSize("small"))
     names = [cell.name for cell in chosen_cells(table, ["t2t-lambda1", "swin-lambda0.?"])]
     assert names == [
         *("swin-lambda0", "swin-lambda0.1", "swin-lambda0.5", "t2t-lambda0", "t2t-lambda1"),
