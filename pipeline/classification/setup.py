@@ -26,7 +26,6 @@ from pipeline.classification.augment import (
 from pipeline.classification.task import SupervisedObjective, SupervisedTask
 from pipeline.config import TrainClassifierJob
 from pipeline.data.classification_sets import ClassificationData, load_classification
-from pipeline.data.label_splits import SplitRule
 from pipeline.data.labelled_images import LabelledImages, cached
 from pipeline.data.loader import (
     BatchLoader,
@@ -36,6 +35,7 @@ from pipeline.data.loader import (
     train_loader,
 )
 from pipeline.data.sharding import ShardedBatchSampler
+from pipeline.data.splits import SplitRule
 from pipeline.errors import ConfigError
 from pipeline.losses.multi_stage import DRLocObjective, DRLocOptions, Pooling, pooled_shape
 from pipeline.models.backbones import Weights, build_model, load_classifier_weights

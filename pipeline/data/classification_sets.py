@@ -57,7 +57,6 @@ import numpy as np
 import scipy.io
 from torchvision import datasets
 
-from pipeline.data.label_splits import SplitRule, carve
 from pipeline.data.labelled_folders import is_archive, read_archive, read_folder
 from pipeline.data.labelled_images import (
     ArrayImages,
@@ -68,6 +67,7 @@ from pipeline.data.labelled_images import (
     printable,
 )
 from pipeline.data.labelled_parquet import read_parquet
+from pipeline.data.splits import SplitRule, carve
 from pipeline.errors import ConfigError, DataError, one_line
 from pipeline.storage import split_uri
 

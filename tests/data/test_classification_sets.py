@@ -18,8 +18,8 @@ from pipeline.data.classification_sets import (
     check_sizes,
     load_classification,
 )
-from pipeline.data.label_splits import SplitRule
 from pipeline.data.labelled_images import ArrayImages, Parts
+from pipeline.data.splits import SplitRule
 from pipeline.errors import ConfigError, DataError
 from tests.data.labelled import flat, greys, names, plant_classes
 from tests.data.pictures import encode, noise

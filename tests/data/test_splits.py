@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.label_splits import SplitRule, carve, rank_within_class
+from pipeline.data.splits import SplitRule, carve, rank_within_class
 from pipeline.errors import ConfigError, DataError
 
 MASK = (1 << 64) - 1
