@@ -1,7 +1,7 @@
 """A detector trained in two ways, ours and torchvision's, and what detecting costs in Ray.
 
-To measure another kind: a name in ``pipeline.detection.options.DetectorKind`` is enough, unless torchvision
-wants other arguments for it (``stock``).
+To measure another kind: a name in ``pipeline.detection.options.DetectorKind`` is enough, unless
+torchvision wants other arguments for it (``stock``).
 
 Shape letters:  M boxes of all images
 """

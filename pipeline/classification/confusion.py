@@ -1,10 +1,6 @@
-"""How often a classifier is right, counted over a whole set: accuracy, and who is taken for whom.
+"""How often a classifier is right over a whole set, and who is taken for whom: counts, a picture.
 
 Shape letters:  B images   K classes
-
-Who is taken for whom by a classifier, as PNG bytes.
-
-Shape letters:  K classes
 """
 
 import math

@@ -1,9 +1,8 @@
-"""One training run from its settings to its results, on this worker; knows no Ray.
+"""One classifier's training run from its settings to its results, on this worker; knows no Ray.
 
 The same function trains in this process, under torchrun and as a Ray Train worker: who trains
 together is asked of torch (training/workers.py). Rank 0 alone writes; all read the same folder.
-
-A finished run's model, copied to where it is wanted, with an ONNX file beside it.
+``export_run`` copies a finished run's model to where it is wanted, with an ONNX file beside it.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,11 +1,8 @@
 """From a job's settings to what the loop needs: data, network, heads, optimiser, schedules.
 
-This is the door of the room: settings stop here, and what is built takes plain arguments. All that
-can be wrong with them is told before the first step.
-
-From a job's settings to its images: the data set, how it is varied, and the batches of a worker.
-
-To add a way to vary images: ``classification/augment.py``; a data set: ``data/classification_sets.py``.
+This is the door of the room: the job stops here. All that can be wrong with it is told before the
+first step. To add a way to vary images: ``augment.py``; a data set:
+``data/classification_sets.py``.
 """
 
 import logging

@@ -1,12 +1,12 @@
 """A training run with Ray Train, with torchrun, or in this process: one run, three ways.
 
-The driver holds the run's folder (lease.py) and tells; the workers train (pretraining/) and rank 0
-writes. Checkpoints are ours and not Ray's, so that all three ways resume by the same code: a worker
-group that is restarted, and a driver that is started again, both go on after the last whole epoch.
+The driver holds the run's folder (lease.py) and tells; the workers train (classification/,
+pretraining/, detection/) and rank 0 writes. Checkpoints are ours and not Ray's, so that all three
+ways resume by the same code: a worker group that is restarted, and a driver that is started again,
+both go on after the last whole epoch.
 
-The door of jobs/train_classifier.py: a classifier's run, its export and its results.
-
-The door of jobs/pretrain_dino.py: a DINO run, and its teacher at the top of the output.
+The doors of jobs/train_classifier.py and jobs/pretrain_dino.py stand at the end; the detector's,
+which goes through rounds, is train_detector.py.
 """
 
 import logging

@@ -2,9 +2,8 @@
 
 Whatever can be wrong with flags, weights or the output is found before an image is read. The new
 table is the old one but for its labels and the rows of images that have gone since, so its manifest
-holds the old one's settings and, under ``clusters.``, those of this job.
-
-Clusters -> a picture of some crops of each: what a cluster has in common is for people to see.
+holds the old one's settings and, under ``clusters.``, those of this job. The picture shows some
+crops of each cluster: what they have in common is for people to see.
 
 Shape letters:  N boxes   D channels   K clusters
 """

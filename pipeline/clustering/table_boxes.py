@@ -1,18 +1,14 @@
-"""The boxes of a pseudo-label table: cut out of their images one by one, and labelled anew.
+"""The boxes of a pseudo-label table: cut out of their images, seen as vectors, labelled anew.
 
 Boxes are numbered in the table's order, over the images of status ok that can still be read. What
 cannot be read any more, or is not the file that was labelled, keeps its row, with the status that
 labelling would give it. One block of encoded files and one decoded image are in memory at a time.
 
-Shape letters:  N boxes
-
-Boxes of an image -> crops as a network sees them -> one unit vector each.
-
-The crop is what LOST cuts out: the box with rounded corners, its shorter side brought to a fixed
+A crop is what LOST cuts out: the box with rounded corners, its shorter side brought to a fixed
 length, nothing of it cut off. Crops differ in size, so those that share a grid of patches go
 through the network together; few wait at any time, however many there are in all.
 
-Shape letters:  B crops   H, W rows and columns of pixels   D channels   N crops in all
+Shape letters:  B crops   H, W rows and columns of pixels   D channels   N boxes in all
 """
 
 import hashlib

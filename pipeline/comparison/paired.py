@@ -5,14 +5,9 @@ baseline is ``drloc.weight`` 0, and each other setting of the group is an arm. A
 order, augmentation and the network's first weights, so the difference of two runs of one seed has
 less noise than either; its interval is Student's over the seeds.
 
-The arithmetic is comparison/difference.py, the words for runs comparison/paired.py; reading runs is
-comparison/recorded_runs.py, and showing the comparison comparison/report.py. To compare something else than
-DRLoc: ``LOSS`` and ``WEIGHT`` in comparison/paired.py name its knobs.
-
-What runs share and in what they differ, in few words: the labels of a paired comparison.
-
-A configuration is a mapping of dotted names to texts. To have a setting named in every group's
-label: add a line to ``group_label``.
+A configuration is a mapping of dotted names to texts. Reading runs is recorded_runs.py, showing
+their comparison report.py. To compare something else than DRLoc: ``LOSS`` and ``WEIGHT`` name its
+knobs. To have a setting named in every group's label: a line in ``group_label``.
 """
 
 import difflib

@@ -1,15 +1,12 @@
-"""A paired comparison as tables for people (terminal, Markdown), CSV and JSON for programs.
+"""A paired comparison: tables for people, CSV and JSON for programs, and one picture.
 
 Accuracies are in per cent and their differences in percentage points; everything else in its own
-unit. The picture is comparison/report.py. To add a column: ``_cells`` for people, ``_row`` for both
-CSV and JSON.
+unit. To add a column: ``_cells`` for people, ``_row`` for both CSV and JSON.
 
-A paired comparison as one picture: every seed's two runs, and the differences beside them.
-
-Left, a line for each seed from its baseline to its run with DRLoc, and below them their means;
-right, the same differences with mean and interval, against 0. Each group has its own axis on the
-left, so that a hard data set does not squeeze an easy one; all share the one on the right. Drawn
-with matplotlib's objects: no global state is touched, so it may run in any thread.
+The picture: left, a line for each seed from its baseline to its run with DRLoc, and below them
+their means; right, the same differences with mean and interval, against 0. Each group has its own
+axis on the left, so that a hard data set does not squeeze an easy one; all share the one on the
+right.
 """
 
 import csv

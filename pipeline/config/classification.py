@@ -1,6 +1,4 @@
-"""The jobs that train a classifier with DRLoc and that compare such runs.
-
-The knobs of a classifier in groups: data, network, DRLoc, optimiser, augmentation.
+"""The job that trains a classifier with DRLoc, its knobs in groups, and the job that compares runs.
 
 The defaults are the ``sane`` recipe: native resolution, an annealed schedule, a batch that leaves
 small data sets enough steps. The papers' rows and the published recipes are in presets.py.

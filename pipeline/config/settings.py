@@ -1,7 +1,4 @@
-"""What all groups of knobs share: frozen, no unknown names, ranges checked before work begins.
-
-What every training job shares: where its run lives, who trains, and when it gives up.
-"""
+"""What all groups of knobs share (frozen, checked, no unknown names), and all training jobs."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal

@@ -12,35 +12,25 @@ Every named set may also be a folder or archive of class folders. Its counts mus
 DRLoc paper's Table 1 (Liu et al., NeurIPS 2021): a number means nothing if it was not measured on
 the set whose name it carries.
 
+- ImageNet-100 is the random subset of Tian et al., "Contrastive Multiview Coding" (ECCV 2020),
+  which the DRLoc paper trains on; its list is published as ``imagenet100.txt`` with that paper's
+  code. Other papers draw other hundreds under the same name.
+- DomainNet (Peng et al., "Moment Matching for Multi-Source Domain Adaptation", ICCV 2019) is read
+  by its official lists, in the cleaned version, whose counts are those of Table 1. Expected in one
+  folder: the unpacked ``clipart/`` (and so on) and the lists ``clipart_train.txt`` and
+  ``clipart_test.txt``, a path and a class number on each line. The numbers are the lists' own, so
+  that predictions compare with anybody's; their order is alphabetical but for letter case and
+  hyphens, not that of a sorted folder.
+- CIFAR, SVHN and Flowers102 are fetched by torchvision, which compares every file with its
+  published MD5 before anything is read from it (the CIFAR files are pickles), so damaged or foreign
+  files end here. Its class is an argument of the reader: a subclass with other checksums reads
+  other files of the same format.
+
 Where a set has a validation split but no test split, the former IS the test set, as in ImageNet and
 in all folders of the paper. Validation images are then carved from the training images; so they are
 where there is neither. Where there are both, both are used as they are.
 
 To add a set: a reader of `Parts`, a line in ``SIZES`` and a case in ``_read``.
-
-Which hundred classes of ImageNet are ImageNet-100.
-
-The random subset of Tian et al., "Contrastive Multiview Coding" (ECCV 2020), which the DRLoc paper
-trains on; its list is published as ``imagenet100.txt`` with that paper's code. Other papers draw
-other hundreds under the same name, so results compare only between users of this list.
-
-DomainNet by its official lists: six domains of 345 classes, nothing moved or copied.
-
-Peng et al., "Moment Matching for Multi-Source Domain Adaptation", ICCV 2019. The cleaned version is
-meant, whose counts are those of the DRLoc paper's Table 1. Expected in one folder: the unpacked
-``clipart/`` (and so on) and the lists ``clipart_train.txt`` and ``clipart_test.txt``, a path and a
-label on each line. Labels are the lists' own, so that predictions compare with anybody's; their
-order is alphabetical but for letter case and hyphens, not that of a sorted folder.
-
-Another domain is a name in ``DOMAINS``.
-
-CIFAR, SVHN and Flowers102 in their publishers' files, fetched and verified by torchvision.
-
-torchvision compares every file with its published MD5 before anything is read from it (the CIFAR
-files are pickles), so damaged or foreign files end here. The readers take torchvision's class as an
-argument: a subclass with other checksums reads other files of the same format.
-
-To add a set: a reader that returns `Parts`, and what data/classification_sets.py says of adding one.
 
 Shape letters:  N images   H rows   W columns   3 red, green, blue
 """

@@ -1,21 +1,17 @@
-"""What an annotation file says of one image; data/ground_truth.py and data/ground_truth.py both read into this.
+"""What an annotation file says of one image: COCO's instances JSON, or Pascal VOC's XML files.
 
-To read another format: write a module beside those two whose function returns
-``list[GroundTruth]``, and add its case to ``read_ground_truth`` in pipeline/evaluation/one_box.py.
-
-Shape letters:  N objects of one image   M crowd regions of one image
-
-COCO's instances JSON -> ground truth.
-
-Crowd regions are kept apart: their box spans many objects. Boxes keep their fractions of a pixel
-(LOST's evaluation rounds them to integers first). The field ``difficult``, which conversions from
-Pascal VOC carry, is honoured where it is there.
-
-Pascal VOC XML files -> ground truth.
+COCO: crowd regions are kept apart, as their box spans many objects. Boxes keep their fractions of a
+pixel (LOST's evaluation rounds them to integers first). The field ``difficult``, which conversions
+from Pascal VOC carry, is honoured where it is there.
 
 VOC counts pixels from 1 and includes the last one, so ``[xmin, ymin, xmax, ymax]`` becomes
 ``[xmin - 1, ymin - 1, xmax, ymax]``, 0-based with exclusive ends, as in LOST's evaluation.
 Truncated and difficult objects are kept; the latter are marked.
+
+To read another format: a function that returns ``list[GroundTruth]``, and a case in
+``read_ground_truth`` (evaluation/one_box.py).
+
+Shape letters:  N objects of one image   M crowd regions of one image
 """
 
 import json

@@ -2,19 +2,14 @@
 
 The promise is one row per input, always: `decode_image` raises for no bytes whatever. The size in
 the header is checked before anything is unpacked, so that a decompression bomb costs no memory.
-Threads may call it; Pillow frees the GIL while it decodes.
+Threads may call it; Pillow frees the GIL while it decodes. Colour profiles (ICC) are ignored: a box
+does not depend on a gamut.
 
-To read another format see image_headers.py, to treat a colour mode otherwise data/images.py. A new
-way to fail is a new ``Status`` in pseudo_labels.py and a branch in `decode_image`.
+To read another format see image_headers.py. To treat a colour mode in a way of its own: a branch in
+`to_rgb`; what has none there goes through Pillow's ``convert``. A new way to fail is a new
+``Status`` in pseudo_labels.py and a branch in `decode_image`.
 
 Shape letters:  H rows   W columns   3 red, green, blue
-
-Whatever mode an image file has -> RGB, 8 bits a channel.
-
-Colour profiles (ICC) are ignored: a box does not depend on a gamut. To treat another mode in a way
-of its own: branch on it in `to_rgb`; what has no branch there goes through Pillow's ``convert``.
-
-Shape letters:  H rows   W columns
 """
 
 import re

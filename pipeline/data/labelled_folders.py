@@ -1,25 +1,22 @@
-"""A folder for each class, and perhaps a folder for each split above them: labelled images.
+"""A folder per class, and perhaps one per split above them, on a disk or in a tar archive.
 
 | layout | becomes |
 |---|---|
 | ``root/train/<class>/...`` and one of ``val``, ``valid``, ``validation``; ``test/`` | as named |
 | ``root/<class>/...`` | training images only |
-| a ``.tar``, ``.tar.gz`` or ``.tgz`` of either | the same (`labelled_archives`) |
+| a ``.tar``, ``.tar.gz`` or ``.tgz`` of either | the same, also below one folder of its own |
 
 Classes are the train folders in the order of their names as strings, like torchvision's
 ImageFolder ("1", "10", "2"), and splits are matched by name, never by position. Images may lie
 deeper than their class folder. Links are followed, a loop of links is walked once; hidden files and
-files that are no images by their extension (in any case) are left out and counted. FolderListing asks the
+files that are no images by their extension (in any case) are left out and counted. Listing asks the
 disk for names only: no file is opened.
 
+An archive is read into memory, and nothing is unpacked to a disk: meant for many small files
+(60,000 images of 32 pixels take 55 MB); a large one is better unpacked.
+
 To take another extension for an image: ``image_headers.FORMATS``. Another split's name: ``ROLES``.
-
-A tar archive of class folders, read into memory: nothing is unpacked to a disk.
-
-The layouts are those of `labelled_folders`, also below one folder of the archive's own. Meant for
-many small files (60,000 images of 32 pixels take 55 MB); a large archive is better unpacked.
-
-To read another kind of archive: a generator like `archive_members`, and its ending in ``ENDINGS``.
+Another kind of archive: a generator like `archive_members`, and its ending in ``ENDINGS``.
 """
 
 import os

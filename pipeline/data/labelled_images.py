@@ -2,15 +2,11 @@
 
 Loader processes are forked or receive a pickle, so nothing here keeps a Python object per image:
 names and encoded files lie in one buffer each, which a fork shares and a pickle copies at once.
+``cached`` keeps images decoded, where decoding an epoch's files costs as much as training: only
+sets of one common size that fit a limit (CIFAR, SVHN); others stay as they are.
 
-To read data from another kind of place: a class with ``labels``, ``__len__``, ``image`` and
-``name``, and a reader beside ``labelled_folders.py`` that returns `Parts`.
-
-Shape letters:  N images   H rows   W columns   3 red, green, blue
-
-Images decoded once and kept: worth it where decoding an epoch's files costs as much as training.
-
-Only sets of one common size that fit a limit are kept (CIFAR, SVHN); others stay as they are.
+To read data from another kind of place: a class like `FileImages`, and a reader beside
+``labelled_folders.py`` that returns `Parts`.
 
 Shape letters:  N images   H rows   W columns   3 red, green, blue
 """

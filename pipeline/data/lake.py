@@ -3,15 +3,13 @@
 A collection is a folder, a glob, one image, a ``.txt`` or ``.parquet`` list of URIs, or Parquet
 tables with image bytes (a file, or a folder of nothing else), on a disk or in a store. An image's
 id is made of its path below the collection's root, so that a copy of the tree elsewhere has the
-same ids and equal names in two folders stay two images.
+same ids and equal names in two folders stay two images. ``TableImages`` are those of a pseudo-label
+table once more, under the ids they have there: a second table about the same images must not make
+new ones, or their rows would not match.
 
 To read another kind of collection: a generator of entries like those in ``uri_lists.py``, its name
-in ``CollectionKind`` and a branch in ``Collection``. ``folders.py`` walks, ``sources.py`` reads the bytes.
-
-The images of a pseudo-label table once more, under the ids they have there.
-
-``lake.Collection`` makes ids of paths; a second table about the same images must not, or their rows
-would not match where the first one's collection was a list or lay elsewhere.
+in ``CollectionKind`` and a branch in ``Collection``. ``folders.py`` walks, ``sources.py`` reads the
+bytes.
 """
 
 import hashlib

@@ -1,24 +1,17 @@
 """Batches of labelled images for one rank: loader processes in, pinned float tensors out.
 
 The numbers do not depend on the number of loader processes: an augmentation follows from (seed,
-epoch, index), an epoch's order from (seed, epoch). What a rank sees is cut in ``sharding.py``, what
-becomes of unreadable files is said in ``data/loader.py``; ``data/loader.py`` makes a batch.
+epoch, index), an epoch's order from (seed, epoch). What a rank sees is cut in ``sharding.py``. A
+loader process reads, augments under the image's own key, and stacks.
 
-Shape letters:  B images
+One bad file does not end a run: in training the next readable image of its class takes its place
+(``read_or_replace``); in evaluation it is left out (``read_or_skip``), since counting another one
+twice would be a wrong accuracy. Another rule is another function of the type ``Read``.
 
-A batch, and how a loader process makes one: read, augment under the image's own key, stack.
+Loader processes do not start as forks: they share one copy of the big arrays (``pack``), as each
+would otherwise unpickle names and pixels of its own.
 
 Shape letters:  B images   H, W rows and columns in pixels   K classes
-
-What becomes of an image that cannot be read, so that one bad file does not end a run.
-
-In training the next readable image of its class takes its place (``read_or_replace``); in
-evaluation it is left out (``read_or_skip``), since counting another one twice would be a wrong
-accuracy. Another rule is another function of the type ``Read``.
-
-How loader processes get the images: one copy of the big arrays for all of them.
-
-They do not start as forks, so that each would otherwise unpickle names and pixels of its own.
 """
 
 import logging

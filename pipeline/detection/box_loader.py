@@ -1,27 +1,17 @@
-"""A batch of images with boxes, and how a loader process makes one.
+"""Batches of images with boxes for one worker, and how a loader process makes one.
 
 Each image is read, held against the size its boxes were made for, and augmented under its own key,
 so neither loader processes nor workers change a number. Images of a batch differ in size: they
-travel in one flat array, because every tensor that crosses processes costs an open file.
+travel in one flat array, because every tensor that crosses processes costs an open file. Loader
+processes, pinned memory, warnings of unreadable files and the limit on them are those of
+``data/loader.py``; the table is ``box_table.py``, the order ``box_sampler.py``.
 
-The table is in ``detection/box_table.py``, the order in ``detection/box_sampler.py``, the augmentation in
-``detection/box_loader.py``, the loaders in ``detection/box_loader.py``.
+An image and its boxes are brought to the size at which a detector sees them as by Detectron2's
+``ResizeShortestEdge`` and ``RandomFlip``: the short side is drawn from a list, the long side is at
+most ``max_side``, sides are rounded half up, pixels are Pillow's bilinear. To augment otherwise: a
+callable like `BoxTransform`, which must pickle.
 
 Shape letters:  B images   N boxes of an image   M boxes of a batch   H, W rows and columns
-
-Batches of images with boxes for one worker; the detector's counterpart of ``data/loader.py``.
-
-Loader processes, pinned memory, warnings of unreadable files and the limit on them are those of
-``batches.EpochLoader``. What a batch is: ``detection/box_loader.py``; which images: ``detection/box_sampler.py``.
-
-An image and its boxes at the size at which a detector sees them.
-
-As Detectron2's ``ResizeShortestEdge`` and ``RandomFlip``: the short side is drawn from a list, the
-long side is at most ``max_side``, sides are rounded half up, pixels are Pillow's bilinear.
-
-To augment otherwise: a callable like `BoxTransform`, which must pickle.
-
-Shape letters:  N boxes   H, W rows and columns in pixels
 """
 
 import random

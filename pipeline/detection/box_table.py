@@ -1,19 +1,15 @@
 """Boxes to train a detector on: the usable rows of a pseudo-label table, in a few flat arrays.
 
 A million images take some 200 MB and no Python object each, so loader processes can share them.
-What cannot be trained on is left out and counted, image by image and box by box; a table made of
-two is in ``detection/box_table.py``.
+What cannot be trained on is left out and counted, image by image and box by box.
+
+``merge_boxes`` makes one table of two, for self-training: a detector trained on one box per image
+finds more objects, with a score each. Its confident detections become the labels of the next round,
+and a box of the round before stays where no detection covers it (CutLER, Wang et al., CVPR 2023,
+section 3.3).
 
 To leave out more: a reason in `_reasons`. To read boxes from elsewhere: another function that
 returns a `BoxTable`.
-
-Shape letters:  N images   M boxes, image after image
-
-Two tables of boxes as one: what a detector found, and the first boxes that it did not find.
-
-Self-training: a detector trained on one box per image finds more objects, with a score each. Its
-confident detections become the labels of the next round, and a box of the round before stays where
-no detection covers it (CutLER, Wang et al., CVPR 2023, section 3.3).
 
 Shape letters:  N images   M boxes, image after image   P pairs of boxes   K images of one table
 """

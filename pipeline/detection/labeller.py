@@ -1,8 +1,7 @@
-"""A batch of decoded images -> rows of the pseudo-label table, by a trained detector: many boxes
-each.
+"""A batch of decoded images -> rows of many boxes each, by a trained detector.
 
-The counterpart of labelling/labeller.py, and like it without Ray: a notebook can call ``DetectionLabeller``
-on a table of ``data.pixels.load_pixels``.
+The counterpart of labelling/labeller.py, and like it without Ray: a notebook can call
+``DetectionLabeller`` on a table of ``data.pixels.load_pixels``.
 
 Shape letters:  D boxes of one image
 """

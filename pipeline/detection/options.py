@@ -1,6 +1,7 @@
 """What a detector is to be: every number of it, in plain values, and the kinds' own defaults.
 
-To add a kind: its name in ``DetectorKind``, a line in ``_CHANGES``, a case in ``detector.build_detector``.
+To add a kind: its name in ``DetectorKind``, a line in ``_CHANGES``, a case in
+``detector.build_detector``.
 """
 
 from dataclasses import dataclass

@@ -1,16 +1,12 @@
-"""Region proposals trained as Detectron2 trains them, and the drawing of what is trained on.
+"""Region proposals trained as Detectron2 trains them, their anchors, and what is trained on.
 
 Torchvision's region proposal network has a smooth L1 loss and divides by the anchors drawn; here it
-is L1 and a constant, so that the loss of a batch is the mean of its images' losses.
+is L1 and a constant, so that the loss of a batch is the mean of its images' losses. Torchvision
+rounds anchors to whole pixels, and takes for a stride the quotient of padded side and grid, which
+is 15 and not 16 for most images that are not padded to a multiple of 16; here they are unrounded,
+at strides that do not depend on the padding.
 
-Shape letters:  A anchors (of all levels)   N candidates: anchors or regions
-
-Anchors where Detectron2 has them: unrounded, at strides that do not depend on the padding.
-
-Torchvision rounds anchors to whole pixels, and takes for a stride the quotient of padded side and
-grid, which is 15 and not 16 for most images that are not padded to a multiple of 16.
-
-Shape letters:  A anchors   C anchors of a cell
+Shape letters:  A anchors (of all levels)   C anchors of a cell   N candidates: anchors or regions
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,11 +1,11 @@
 """What the method saw, as pictures: arrays in, PIL images out.
 
-Nothing here runs a model or touches a file (gallery/gallery.py does). Every picture is scaled to ``fit``
+Nothing here runs a model or touches a file (the gallery does). Every picture is scaled to ``fit``
 first and drawn on afterwards, so that lines are equally thick on a thumbnail-sized image and on a
 huge one. Boxes and seeds are in pixels of the array they are drawn on.
 
 To draw another quantity per patch: write a function beside ``degree_panel``, and add it to the row
-in gallery/gallery.py.
+in gallery/maps.py.
 
 Shape letters:  H, W rows and columns of pixels   R, C rows and columns of patches   N boxes
 """

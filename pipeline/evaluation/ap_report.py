@@ -1,10 +1,6 @@
-"""Detection numbers as lines for people, and as one JSON object for programs.
+"""Detection numbers: lines for people, JSON for programs, and precision over recall drawn.
 
 Every AP names its rule for difficult objects: with another it may be ten points off.
-
-Precision over recall as one picture, at IoU 0.5 and 0.75.
-
-Drawn with matplotlib's objects: no global state is touched, so it may run in any thread.
 """
 
 import io

@@ -8,20 +8,18 @@ of VOC's difficult objects, which moves AP50 by about ten points, so every resul
     ignore  a box on one counts neither way, one box for each (as the VOC devkit has it)
     keep    they are objects like all others
 
+How sure an AP50 is, the bootstrap over images tells without matching anything again. A box is true
+or false by its own image alone, so drawing an image twice doubles its boxes and its objects and
+changes no match. AP50 of a resample is then a weighted sum over the boxes sorted once: equal to
+COCOeval's on the images drawn, and in microseconds per thousand boxes. (Only where boxes of one
+image have equal scores, whose order means nothing: copies of a box stay together here, while
+COCOeval goes through one copy of the image after the other.)
+
 To add a number: its name beside ``STATS``, or a function of ``Matches`` below
 ``recall_by_num_objects``.
 
-Shape letters:  N images   D boxes of all images   T IoU thresholds   Q recall points
-
-How sure an AP50 is: the bootstrap over images, without matching anything again.
-
-A box is true or false by its own image alone, so drawing an image twice doubles its boxes and its
-objects and changes no match. AP50 of a resample is then a weighted sum over the boxes sorted once:
-equal to COCOeval's on the images drawn, and in microseconds per thousand boxes. (Only where boxes
-of one image have equal scores, whose order means nothing: copies of a box stay together here, while
-COCOeval goes through one copy of the image after the other.)
-
-Shape letters:  N images   D boxes   P true boxes   Q recall points   R resamples
+Shape letters:  N images   D boxes of all images   P true boxes   T IoU thresholds   Q recall points
+                R resamples
 """
 
 import io

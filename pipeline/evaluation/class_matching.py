@@ -6,21 +6,17 @@ AP50 highest (LOST, BMVC 2021, section 4.3). The matching is made on the very im
 measured, as published. With more clusters than classes the rest go unused; with fewer, the classes
 that go without one count as 0.
 
-Shape letters:  K classes   C clusters   D boxes of all images
+The metric is the VOC devkit's average precision (Everingham et al., IJCV 2010), of one class at a
+time. Boxes go by falling score. Each looks for the object it overlaps best: with IoU > 0.5,
+strictly, it is true if it is the first to come to that object, and false if it is a later one; a
+difficult object is nobody's business, however many boxes lie on it. The area under the envelope of
+precision over recall is taken at all its points, not at eleven. It differs from COCO's in these:
+COCO lets a box take its second best object, counts an IoU of exactly one half, and sums over 101
+recalls. The devkit counts pixels from 1 and adds one to every side, as its last pixel is inclusive.
+Here boxes are 0-based with exclusive ends (data/ground_truth.py turns ``xmin`` into ``xmin - 1``),
+so the side of ``[xmin - 1, xmax]`` has that one in it: the same IoU, without adding it twice.
 
-The VOC devkit's average precision (Everingham et al., IJCV 2010), of one class at a time.
-
-Boxes go by falling score. Each looks for the object it overlaps best: with IoU > 0.5, strictly, it
-is true if it is the first to come to that object, and false if it is a later one; a difficult
-object is nobody's business, however many boxes lie on it. The area under the envelope of precision
-over recall is taken at all its points, not at eleven. It differs from COCO's in these: COCO lets a
-box take its second best object, counts an IoU of exactly one half, and sums over 101 recalls.
-
-The devkit counts pixels from 1 and adds one to every side, as its last pixel is inclusive. Here
-boxes are 0-based with exclusive ends (``voc.py`` turns ``xmin`` into ``xmin - 1``), so the side of
-``[xmin - 1, xmax]`` has that one in it: the same IoU, without adding it twice.
-
-Shape letters:  D boxes of all images   P objects of all images
+Shape letters:  K classes   C clusters   D boxes of all images   P objects of all images
 """
 
 from collections.abc import Sequence

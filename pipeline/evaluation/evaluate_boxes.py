@@ -1,7 +1,7 @@
-"""Boxes and annotations -> the report, its files, and its record in MLflow.
+"""The door of jobs/evaluate_boxes.py: boxes and annotations -> the report, its files, its record.
 
-The door of ``jobs/evaluate_boxes.py``: the arithmetic is evaluation/, the failures' pictures
-evaluation/worst_cases.py. To write one more file: a line in ``_files``.
+One box per image is one_box.py, all boxes against all objects evaluate_detections.py, the failures'
+pictures worst_cases.py. To write one more file: a line in ``_files``.
 """
 
 import json

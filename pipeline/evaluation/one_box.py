@@ -1,11 +1,10 @@
-"""Labels and annotations -> every number that ``jobs/evaluate_boxes.py`` prints.
+"""One box per image against its objects: CorLoc with its interval, baselines and groups.
 
-To add a number: put its arithmetic beside ``corloc``, a field into ``Score`` or ``Evaluation``, and
-its line into report.py. To read another annotation format: add a case to ``read_ground_truth``.
+To add a number: its arithmetic beside ``corloc``, a field of ``Score`` or ``Evaluation``, and its
+line in report.py. To read another annotation format: a reader in data/ground_truth.py, and a case
+in ``read_ground_truth``. Images and annotations are matched by the names of their files.
 
 Shape letters:  N images   M methods compared   R resamples
-
-Images of a collection and what is annotated on them, matched by the names of their files.
 """
 
 from collections import Counter

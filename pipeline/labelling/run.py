@@ -11,13 +11,11 @@ uninterrupted one would have had, so its boxes are the same bit for bit. Layout:
     OUTPUT/_run/<run_id>/pass-0000/inputs.parquet          a row group per block
     OUTPUT/_run/<run_id>/pass-0000/blocks/block-00000007.parquet
 
-A later pass (``--retry-failed``) labels some images again; its rows supersede the earlier ones.
-The block's folder carries the run's id, so that a straggler of a killed run cannot reach a new one.
-
-One sweep over a frozen list of inputs, in numbered blocks: what is listed, done, left to do.
-
-Cheap to pickle, so that the tasks of a cluster can hold it. How sweeps become a table is told in
-labelling/run.py.
+``LabelPass`` is one pass over a frozen list of inputs: what is listed, done, left to do. It is
+cheap to pickle, so that the tasks of a cluster can hold it. ``LabelRun`` is all passes and the
+commit: a later pass (``--retry-failed``) labels some images again, and its rows supersede the
+earlier ones. The block's folder carries the run's id, so that a straggler of a killed run cannot
+reach a new one.
 """
 
 import json

@@ -1,13 +1,10 @@
-"""Which patches join the seed: the one rule in which LOST and SoLOST differ.
+"""Where the object starts, and which patches join it: the one rule in which LOST and SoLOST differ.
 
-To try a rule of your own: write a function beside these two, add a case to ``expand`` and its name
-to ``LocalizationConfig.rule``.
+The seed is the patch with the fewest similar patches (LOST, section 3.2): objects are smaller than
+their surroundings, so a patch similar to few others likely lies on one.
 
-Shape letters:  B images   N patches
-
-Where the object starts: the patch with the fewest similar patches (LOST, section 3.2).
-
-Objects are smaller than their surroundings, so a patch similar to few others likely lies on one.
+To try a rule of your own: write a function beside ``expand_lost`` and ``expand_solost``, add a case
+to ``expand`` and its name to ``Rule``.
 
 Shape letters:  B images   N patches
 """

@@ -4,13 +4,10 @@ The paper uses the last grid alone. The released code can also put a head on eve
 (`use_multiscale`); arXiv v1 found that to hurt (its L^all: -0.88 points on ImageNet-100), so it is
 here to be tried and not the default.
 
-Shape letters:  B images   C channels   H, W grid rows and columns
-
-Smaller grids for the loss alone: the classifier never sees them.
-
-Backbones that end at 14 x 14 are pooled to 7 x 7 before relative localization. The paper says 2 x 2
-averages; the released code takes overlapping 3 x 3 ones. To add a kind: a function, a case in
-``pool_grid`` and in ``pooled_shape``, and its name in ``Pooling``.
+Backbones that end at 14 x 14 are pooled to 7 x 7 before, for the loss alone: the classifier never
+sees the smaller grid. The paper says 2 x 2 averages; the released code takes overlapping 3 x 3
+ones. To add a kind: a function, a case in ``pool_grid`` and in ``pooled_shape``, and its name in
+``Pooling``.
 
 Shape letters:  B images   C channels   H, W grid rows and columns
 """

@@ -3,10 +3,11 @@
 ``build_backbone`` gives frozen patch features, ``build_class_tokens`` a frozen vector per image,
 ``build_model`` a classifier to be trained, ``build_feature_maps`` what a pyramid stands on.
 
-To add a backbone: a plain timm ViT needs nothing; other names and weights: ``models/published_weights.py``. A
-convolutional network gets a name in ``CNNS`` there and a case in ``_cnn``.
-To add a classifier: timm's need nothing; a network of our own gets a name in ``OWN_CLASSIFIERS``
-(``models/model_options.py``). This file and ``models/published_weights.py`` alone import timm.
+To add a backbone: a plain timm ViT needs nothing; other names and weights:
+``published_weights.py``. A convolutional network gets a name in ``CNNS`` there and a case in
+``_cnn``. To add a classifier: timm's need nothing; a network of our own gets a name in
+``OWN_CLASSIFIERS`` (``model_options.py``). This file and ``published_weights.py`` alone import
+timm.
 """
 
 import inspect

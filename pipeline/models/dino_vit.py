@@ -1,9 +1,11 @@
-"""Keys, queries or values of one block of a plain ViT, at any image size.
+"""Keys, queries or values of one block of a plain ViT, or its class token, at any image size.
 
-Only what that feature needs is computed: the blocks before it, that block's first norm, and one
-third of its ``qkv`` matrix. The block's own attention, its MLP and all that follows are never run
-and not kept in memory. Where a model normalises queries and keys per head (``q_norm``, ``k_norm``),
-those norms are left out, as in LOST's hook: the feature is the output of ``attn.qkv``.
+Only what a feature needs is computed: the blocks before it, that block's first norm, and one third
+of its ``qkv`` matrix. The block's own attention, its MLP and all that follows are never run and not
+kept in memory. Where a model normalises queries and keys per head (``q_norm``, ``k_norm``), those
+norms are left out, as in LOST's hook: the feature is the output of ``attn.qkv``. The class token is
+taken after the last norm: one vector per image, for what DINO trains (``pretraining/network.py``)
+and what compares whole images or crops. Positions are interpolated by DINO's own formula.
 
 The network is taken as it is (timm's ``VisionTransformer`` or one with the same attributes:
 ``patch_embed.proj``, ``cls_token``, ``pos_embed``, ``blocks[i].norm1``, ``blocks[i].attn.qkv``).
@@ -11,13 +13,6 @@ To add a feature of a block: add its name to ``THIRDS``, or write a class beside
 
 Shape letters:  B images   H, W patch rows and columns   N tokens   P prefix tokens (class,
 distillation, registers)   D channels
-
-The class token of a plain ViT after its last norm, at any image size: one vector per image.
-
-Positions are interpolated by DINO's own formula, as for patch features. What DINO trains
-(``pretraining/network.py``) and what compares whole images or crops use the same function.
-
-Shape letters:  B images   H, W pixels   N tokens   D channels
 """
 
 import math

@@ -1,15 +1,10 @@
-"""A network's maps at strides 4, 8, 16 and 32, whichever network it is: what a pyramid stands on.
+"""A convolutional network's maps: at strides 4, 8, 16 and 32, or one of them as patch features.
 
-The networks come from ``backbones.build_feature_maps``.
-
-Shape letters:  B images   C channels   H, W rows and columns
-
-Feature maps of convolutional networks as patch features, normalised as LOST does it.
-
-To add a network: any module that gives ``(B, D, H, W)`` at a known stride can be wrapped in
+The networks come from ``backbones.build_feature_maps``; patch features are normalised as LOST does
+it. To add a network: any module that gives ``(B, D, H, W)`` at a known stride can be wrapped in
 ``ConvFeatures``; give ``backbones.build_backbone`` a name for it.
 
-Shape letters:  B images   H, W rows and columns of the map   D channels
+Shape letters:  B images   C, D channels   H, W rows and columns of the map
 """
 
 from collections import OrderedDict

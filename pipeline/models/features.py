@@ -1,11 +1,10 @@
 """What every backbone promises: a batch of normalised images in, one feature vector per patch out.
 
-To add a backbone: subclass ``FeatureExtractor`` in a file of its own (it may import torch alone),
-and give ``backbones.build_backbone`` a name for it.
+With it stands what labellers share of a forward pass: its precision, and a batch too big for the
+memory. To add a backbone: subclass ``FeatureExtractor`` in a file of its own (it may import torch
+alone), and give ``backbones.build_backbone`` a name for it.
 
 Shape letters:  B images   H, W rows and columns (pixels of images, patches of tokens)   D channels
-
-What labellers share of a forward pass: its precision, and a batch too big for the memory.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -2,8 +2,8 @@
 
 ``GridClassifier`` wraps timm's networks (through ``forward_intermediates``) and our own
 (``StagedNetwork``). To add a network of our own: subclass ``StagedNetwork`` in a file of its own
-and give it a name in ``models/model_options.py``; to add a place to tap: a name in ``Tap`` and a case in
-``forward``.
+and give it a name in ``models/model_options.py``; to add a place to tap: a name in ``Tap`` and a
+case in ``forward``.
 
 Shape letters:  B images   H, W rows and columns (pixels of images, cells of grids)   C channels of
 a grid   N tokens   K classes

@@ -1,4 +1,4 @@
-"""What may be chosen about a classifier, and what that becomes in each kind of network.
+"""What may be chosen about a classifier, what it becomes in each network, and our own networks.
 
 ``patch_size`` is the stride of a network's FIRST layer, in pixels; later stages halve as always:
 
@@ -11,12 +11,9 @@
 | ResNet and its relatives | 4 (2, then a max-pool) | 1 or 2: 3 x 3 with that stride, no max-pool |
 
 To give another family this knob: a case in ``timm_arguments`` (or ``cut_stem``, where the network
-must be changed after it was built).
-
-The classifiers timm does not have, by name: how to build them, where weights are published.
-
-To add one: its name in ``OWN_CLASSIFIERS``, a case in ``build_own`` and one in ``fetch_own``; where
-published weights carry other names than its own, a case in ``classifier_weights.py``.
+must be changed after it was built). To add a classifier that timm does not have: its name in
+``OWN_CLASSIFIERS``, a case in ``build_own`` and one in ``fetch_own``; where published weights carry
+other names than its own, a case in ``classifier_weights.py``.
 """
 
 import dataclasses

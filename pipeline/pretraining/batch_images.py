@@ -1,21 +1,16 @@
-"""Cropping, resizing, flipping and blurring of a whole batch as products with two matrices.
+"""Crops, sizes, flips, blur and colours of a whole batch, each image by its own draw.
 
-Each is linear and separable: new rows are sums of rows, new columns sums of columns. So every image
-gets a matrix for its rows and one for its columns, and two batched products do the whole batch on
-any device, whatever was drawn for each image. Another separable step: a function that returns such
-matrices, for ``mix_rows_and_columns``.
+All but colours are linear and separable: new rows are sums of rows, new columns sums of columns. So
+every image gets a matrix for its rows and one for its columns, and two batched products do the
+whole batch on any device, whatever was drawn for each image. Another separable step: a function
+that returns such matrices, for ``mix_rows_and_columns``.
+
+Colour changes take images ``(B, 3, H, W)`` float in [0, 1], red, green, blue, and a factor per
+image, by torchvision's definitions, and give new ones. Who may apply which at random stands in
+views.py.
 
 Shape letters:  B images   H, W rows and columns in pixels   N pixels along a side before
                 S pixels along the same side after   T distances of two pixels
-
-Changes of colour of a whole batch, each image by a factor of its own; torchvision's definitions.
-
-Another change: a function of images and a factor per image; who may apply it at random stands in
-``pipeline/pretraining/views.py``.
-
-Images are ``(B, 3, H, W)`` float in [0, 1], red, green, blue, and come back as such, newly made.
-
-Shape letters:  B images   H, W rows and columns in pixels
 """
 
 import torch

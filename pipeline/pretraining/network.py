@@ -1,18 +1,14 @@
 """What DINO trains: a ViT's class token through a projection head, at any image size.
 
-Positions are interpolated by DINO's own formula, as the labeller does with the finished weights.
+Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", ICCV 2021, section 3.1.
+Student and teacher have one each; the loss is in ``losses/dino.py``. The head projects to
+prototypes and is thrown away after training. Positions are interpolated by DINO's own formula, as
+the labeller does with the finished weights.
+
+To add a head: a module that maps ``(..., D)`` to ``(..., K)`` and calls the part whose gradients
+are dropped during the first epoch ``last_layer``.
 
 Shape letters:  B images   H, W pixels   N tokens   D channels   K prototypes
-
-What DINO puts on a network's features: a projection to prototypes, thrown away after training.
-
-Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", ICCV 2021, section 3.1.
-Student and teacher have one each; the loss is in ``pipeline/losses/dino.py``.
-
-To add a head: a module in a file of its own that maps ``(..., D)`` to ``(..., K)`` and calls the
-part whose gradients are dropped during the first epoch ``last_layer``.
-
-Letters:  D channels of the features   K prototypes
 """
 
 from itertools import pairwise

@@ -1,14 +1,10 @@
 """What a network without labels has learnt, watched while it trains: boxes and neighbours.
 
-Neither probe trains anything or moves a random number. To watch something else: a function of the
-backbone here, and a line in ``dino_run._Run``.
+Neither probe trains anything or moves a random number. Neighbours tell how well features tell
+classes apart, by the protocol of Wu et al. (CVPR 2018), which DINO reports (section 4.1): cosine
+similarity, the 20 nearest, each vote weighted by exp(similarity / 0.07).
 
-Shape letters:  N images   D channels
-
-How well features tell classes apart, without training: weighted nearest neighbours.
-
-The protocol of Wu et al. (CVPR 2018), which DINO reports (section 4.1): cosine similarity, the 20
-nearest, each vote weighted by exp(similarity / 0.07).
+To watch something else: a function of the backbone here, and a line in ``run.py``.
 
 Shape letters:  N training images   M test images   D channels   K classes
 """

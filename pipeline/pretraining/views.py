@@ -7,25 +7,17 @@ are cropped from each image, then varied in colour, blurred and solarised.
 
 ``draw_views`` draws all random numbers of a batch, ``make_views`` draws none. So workers that draw
 for the whole batch and make their own ``rows`` of it see what one worker alone would have seen.
+Where crops lie is torchvision's rule of ``RandomResizedCrop``: share of the area uniform, ratio of
+the sides log-uniform, up to ten tries for a box that lies inside the image, else the largest
+central box of a legal ratio. Here all ten are drawn, whether they are needed or not, so that the
+draws of one crop do not depend on another's.
+
 To add a step: its numbers to ``MultiCropOptions``, its draws to ``Views`` and ``draw_views``, its
-function to ``pretraining/batch_images.py`` or ``pretraining/batch_images.py``, its turn in ``_make``.
+function to ``batch_images.py``, its turn in ``_make``.
 
-Shape letters:  B images   V views of an image, the global ones first   H, W rows and columns in
-                pixels   S side of a view   4 (x0, y0, width, height) or the four adjustments
-
-How often and how far the views of an image may differ: the numbers of DINO's augmentation.
-
-To add one: a field here with its range in ``__post_init__``; who draws with it is ``draw_views`` in
-``pipeline/pretraining/views.py``.
-
-Where random resized crops lie: boxes for many crops at once.
-
-The rule is torchvision's ``RandomResizedCrop``: share of the area uniform, ratio of the sides
-log-uniform, up to ten tries for a box that lies inside the image, else the largest central box of
-a legal ratio. Here all ten are drawn, whether they are needed or not, so that the draws of one crop
-do not depend on another's. Another rule: a function that returns ``box_BV4``.
-
-Shape letters:  B images   V crops of an image   T tries   4 (x0, y0, width, height)
+Shape letters:  B images   V views of an image, the global ones first   T tries   H, W rows and
+                columns in pixels   S side of a view   4 (x0, y0, width, height) or the four
+                adjustments
 """
 
 import dataclasses

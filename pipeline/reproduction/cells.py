@@ -1,9 +1,8 @@
 """What a table is made of: cells, each a setting that is measured, with the paper's figure for it.
 
 A cell names the one it is compared with, where there is one; what it takes to measure it is its
-recipe, without the places of data and weights, which plan.py adds.
-
-One run: a job with its settings, what it costs, and the file that says it is done.
+recipe, without the places of data and weights, which plan.py adds. A ``Run`` is a job with its
+settings, and the file that says it is done.
 """
 
 from dataclasses import dataclass, field, replace

@@ -1,12 +1,9 @@
 """Which data and weights are at hand, and where: told by flags, or found below --data-root.
 
-To add a data set: a field of ``DataPlaces`` in config/reproduction.py, and the names its files go
-by in ``DATA``.
-
-The annotated photos of a localization row: which they are, and what is on them.
-
-A set is a folder with ``images/`` or ``JPEGImages/`` and with ``instances.json`` or
-``Annotations/``; ``ImageSets/Main/trainval.txt`` and ``test.txt`` (VOC's) divide it.
+A set of annotated photos is a folder with ``images/`` or ``JPEGImages/`` and with
+``instances.json`` or ``Annotations/``; ``ImageSets/Main/trainval.txt`` and ``test.txt`` (VOC's)
+divide it. To add a data set: a field of ``DataPlaces`` in config/reproduction.py, and the names its
+files go by in ``DATA``.
 """
 
 import hashlib

@@ -1,12 +1,10 @@
-"""Finished runs -> a cell's figure, and how far it is from the cell it is compared with.
+"""Finished runs -> a cell's figure, how far it is from the cell it is compared with, and the lines.
 
 Classifiers and detectors are measured once per seed: differences are paired over seeds, their
 interval is Student's. Pseudo-boxes have no seed: their CorLoc is resampled over photos, and
-differences are paired over them.
+differences are paired over them. A line of the report has the paper's figure beside ours.
 
 Shape letters:  N photos   S seeds   R resamples
-
-A planned table and its finished runs -> the report's lines: the paper's figure beside ours.
 """
 
 import json

@@ -1,6 +1,6 @@
 """The papers' own figures, each with where it comes from. Numbers only: what is run is elsewhere.
 
-To add a figure: a value here, and the row that shows it in reproduction/tables.py or reproduction/tables.py.
+To add a figure: a value here, and the row that shows it in tables.py.
 """
 
 from dataclasses import dataclass

@@ -1,10 +1,7 @@
-"""The lines of a reproduced table for people (terminal, Markdown) and for programs (CSV).
+"""A reproduced table for people (terminal, Markdown, a picture) and for programs (CSV).
 
-To add a column: ``_TITLES`` and ``_cells`` for people, ``_row`` for CSV. The picture is reproduction/report.py.
-
-A reproduced table as one picture: figures on the left, gains on the right, the paper's and ours.
-
-Drawn with matplotlib's objects: no global state is touched, so it may run in any thread.
+To add a column: ``_TITLES`` and ``_cells`` for people, ``_row`` for CSV. The picture has figures on
+the left and gains on the right, the paper's and ours.
 """
 
 import csv

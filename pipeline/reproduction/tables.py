@@ -1,18 +1,12 @@
-"""LOST's and SoLOST's tables of boxes and detectors as cells.
+"""The papers' tables as cells, by name: ``drloc-2a``, ``lost-1`` and so on.
 
-CorLoc is one number per set of images, without seeds: at ``small`` the rows are the paper's, and
-beside them those of backbones small enough for a laptop. To add a table: a function here, and its
-name in tables.py.
+``paper`` cells of DRLoc's tables are the presets of config/presets.py; ``small`` ones are its
+``small-...`` presets, with CIFAR-10 in the place of CIFAR-100 and ImageNet-100, and 17 flowers in
+that of 102. CorLoc is one number per set of images, without seeds: at ``small`` the rows of LOST's
+and SoLOST's tables are the paper's, and beside them those of backbones small enough for a laptop.
 
-DRLoc's Tables 2a, 2b, 3, 4 and 5 as cells, at the paper's size or at a laptop's.
-
-``paper`` cells are the presets of config/presets.py; ``small`` ones are its ``small-...`` presets,
-with CIFAR-10 in the place of CIFAR-100 and ImageNet-100, and 17 flowers in that of 102.
-
-The tables by name: ``drloc-2a``, ``lost-1`` and so on.
-
-To add a table: a function from a size to a ``Table`` beside those in reproduction/tables.py or
-reproduction/tables.py, its figures in reproduction/published_figures.py, a line here, its name in config/reproduction.py.
+To add a table: a function from a size to a ``Table``, its figures in published_figures.py, a line
+in ``TABLES``, its name in config/reproduction.py.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -1,12 +1,9 @@
-"""What stands behind and below the objects: a ground in perspective under a sky or a wall.
+"""What stands behind and below the objects, and the noise and colours that scenes are painted with.
+
+A backdrop is a ground in perspective under a sky or a wall. Pictures are float32 in about [0, 1]; a
+size is (height, width), a colour ``(3,)`` RGB.
 
 To add a ground: a line in ``GROUNDS``; with a pattern of its own: a function in ``_PATTERNS``.
-
-Shape letters:  H, W image
-
-Smooth noise and colours: what the scenes of scenes.py are painted with.
-
-Pictures are float32 in about [0, 1]; a size is (height, width), a colour ``(3,)`` RGB.
 
 Shape letters:  H, W image
 """

@@ -1,8 +1,8 @@
 """Events made legal for MLflow, and carried from a spool to one MLflow run.
 
-Everything sent may be sent twice without harm: metrics and the run's end carry their own times,
-and the run is found again by the tag ``patchseed.tracker``, so an answer that never came makes
-neither a second run nor a second value. MLflow itself is handed in (only tracking/tracker.py imports it).
+Everything sent may be sent twice without harm: metrics and the run's end carry their own times, and
+the run is found again by the tag ``patchseed.tracker``, so an answer that never came makes neither
+a second run nor a second value. MLflow itself is handed in (only tracking/tracker.py imports it).
 To add a kind of event: make it legal in ``legal``, send it in ``Courier._send``.
 """
 

@@ -5,8 +5,8 @@
         tracker.log_metrics({"images_per_second": 12.5}, step=3)
 
 A ``log_*`` call costs microseconds and never raises; two daemon threads do the rest
-(tracking/outbox.py). What MLflow does not take lies in ``spool``, and
-``python -m pipeline.tracking.tracker SPOOL`` sends it later. Without a URI runs go to ``./mlflow.db``, and
+(tracking/outbox.py). What MLflow does not take lies in ``spool``, and ``python -m
+pipeline.tracking.tracker SPOOL`` sends it later. Without a URI runs go to ``./mlflow.db``, and
 their artifacts to ``./mlartifacts`` beside it, both as absolute paths.
 
 To record another kind of thing: add a ``log_*`` method to ``Tracker``, then make it legal and send

@@ -2,7 +2,8 @@
 
 The learning rate of a group is the schedule's times the group's ``lr_scale``. Scales come from a
 function that maps parameter names to them: ``layerwise_scales`` or ``backbone_scales`` here, or one
-of your own. To add an optimiser: a function, a case in ``build_optimizer``, its name in ``OptimizerKind``.
+of your own. To add an optimiser: a function, a case in ``build_optimizer``, its name in
+``OptimizerKind``.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -4,15 +4,12 @@
     FOLDER/key-11/00000.safetensors ...   features of a block of images, one tensor per batch
     FOLDER/index.json             what they are of; written last: a cache that has it is whole
 
+``ManyFeatures`` takes several features of several blocks of a ViT from one forward pass. Each is
+computed by the very modules of its own ``ViTFeatures``, from the tokens that enter its block; so it
+is the feature of a pass of its own, bit for bit.
+
 Shape letters:  N images   B images of a batch   H, W patch rows and columns   D channels
                 T annotated objects
-
-Several features of several blocks of a ViT, from one forward pass.
-
-Each feature is computed by the very modules of its own ``ViTFeatures``, from the tokens that enter
-its block; so it is the feature of a pass of its own, bit for bit.
-
-Shape letters:  B images   H, W patch rows and columns   N tokens   D channels
 """
 
 import json

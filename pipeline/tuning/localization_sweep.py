@@ -1,7 +1,7 @@
 """Trials of labelling that share forward passes: features once, then boxes and CorLoc per trial.
 
 ``fill`` sees each image once and keeps every feature that the space may ask for; ``measured`` is a
-trial. On a cache of fp32 its CorLoc is that of label_images.py and evaluation/evaluate_boxes.py, exactly.
+trial. On a cache of fp32 its CorLoc is that of label_images.py and evaluate_boxes.py, exactly.
 
 Shape letters:  N images   B images of a batch
 """

@@ -1,10 +1,6 @@
 """What a sweep came to: the table, the best settings, which knob matters, and their files.
 
 To write one more file: a line in ``result_files``.
-
-A sweep as PNG bytes: the metric over each knob, and how much each knob matters.
-
-Drawn with matplotlib's objects, so that no global state is touched.
 """
 
 import csv
