@@ -6,8 +6,7 @@ from tempfile import TemporaryDirectory
 
 import pyarrow as pa
 
-from pipeline.cluster.label_blocks import LabelPlan, label_blocks
-from pipeline.cluster.recipes import Recipe
+from pipeline.cluster.label_blocks import LabelPlan, Recipe, label_blocks
 from pipeline.config import ComputeConfig, ImagesConfig
 from pipeline.data.lake import INPUT_SCHEMA
 from pipeline.labelling.rows import Provenance
@@ -34,12 +33,12 @@ def ray_seconds_per_image(
         RuntimeError: there are no more blocks than actors.
     """
     with TemporaryDirectory() as folder:
-        sweep = LabelPass(Location.parse(folder), {})
-        sweep.freeze_inputs(iter([inputs]), block_size=compute.block_size)
-        plan = LabelPlan(sweep, recipe, provenance, decode, compute)
+        label_pass = LabelPass(Location.parse(folder), {})
+        label_pass.freeze_inputs(iter([inputs]), block_size=compute.block_size)
+        plan = LabelPlan(label_pass, recipe, provenance, decode, compute)
         moments = [
             (time.perf_counter(), receipt.rows)
-            for receipt in label_blocks(plan, list(range(len(sweep.sizes()))))
+            for receipt in label_blocks(plan, list(range(len(label_pass.sizes()))))
         ]
     # The first block of every actor still carries its start-up.
     started = compute.num_actors or 1

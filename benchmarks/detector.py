@@ -44,12 +44,11 @@ from benchmarks.detector_ways import (
 )
 from benchmarks.rounds import Ratio, print_and_keep, ratio, take_turns
 from benchmarks.training_workers import ray_against_plain
-from pipeline.cluster.recipes import DetectedBoxes
 from pipeline.config.detection import DetectComputeConfig, DetectImagesConfig
 from pipeline.data.lake import Collection
 from pipeline.data.pixels import load_pixels
 from pipeline.detection.c4 import BackboneName
-from pipeline.detection.labeller import METHOD, DetectionLabeller
+from pipeline.detection.labeller import DetectedBoxes, DetectionLabeller
 from pipeline.detection.options import DetectorKind
 from pipeline.labelling.rows import decoded_images
 from pipeline.models.features import in_precision
@@ -157,7 +156,7 @@ def detecting_against_forward(settings: Settings, kind: DetectorKind, root: Path
     plan, num_images = settings.plan(kind), settings.detect_images * settings.often(kind)
     files = Collection(str(root / "scenes" / "images"))
     inputs = repeated_inputs(files.chunks(), num_images)
-    recipe = DetectedBoxes(plan.stored(), METHOD, plan.precision, None)
+    recipe = DetectedBoxes(plan.stored(), precision=plan.precision)
     labeller = recipe(PROVENANCE, settings.device)
 
     def load() -> pa.Table:

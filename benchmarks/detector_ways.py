@@ -24,6 +24,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from benchmarks.training_ways import LoopTraining, RepeatedBatch
 from benchmarks.training_workers import Job
 from pipeline.config import TrainDetectorJob
+from pipeline.config.settings import Precision
 from pipeline.data.ground_truth import read_coco
 from pipeline.data.pseudo_labels import SCHEMA
 from pipeline.detection.c4 import STRIDES, BackboneName
@@ -34,7 +35,6 @@ from pipeline.detection.setup import set_up
 from pipeline.detection.task import canvas_of, inputs_of
 from pipeline.labelling.rows import Provenance
 from pipeline.labelling.run import open_run
-from pipeline.models.features import Precision
 from pipeline.scenes.scenes import write_collection
 from pipeline.storage import Location
 from pipeline.training.loop import AUTOCAST

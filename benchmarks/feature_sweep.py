@@ -18,12 +18,12 @@ import tyro
 
 from benchmarks.timing import print_table, write_json
 from pipeline.boxes import Boxes
-from pipeline.config import ImagesConfig
+from pipeline.config import ImagesConfig, LocalizationConfig
 from pipeline.data.ground_truth import read_coco
 from pipeline.data.lake import Collection
 from pipeline.data.pixels import load_pixels, pixels_of_row
 from pipeline.evaluation.corloc import best_ious, corloc
-from pipeline.labelling.labeller import Image, Method, Provenance, PseudoBoxLabeller
+from pipeline.labelling.labeller import ForwardPass, Image, Provenance, PseudoBoxLabeller
 from pipeline.localization.localize import localize
 from pipeline.models.backbones import build_backbone, load_weights
 from pipeline.storage import Location
@@ -60,7 +60,7 @@ def main(settings: Settings) -> None:
         i for row in range(decoded.num_rows) if (i := pixels_of_row(decoded, row)) is not None
     ]
     assert len(images) == decoded.num_rows
-    method = Method(normalize=settings.normalize)
+    forward = ForwardPass(settings.normalize)
     weights = load_weights(settings.name, settings.checkpoint)
     depth = 1 + max(int(n.split(".")[1]) for n in weights.state_dict if n.startswith("blocks."))
     rows: list[list[str]] = []
@@ -68,7 +68,9 @@ def main(settings: Settings) -> None:
     for block in settings.blocks or range(depth):
         for feature in FEATURES:
             network = build_backbone(settings.name, weights, feature=feature, block=block)
-            labeller = PseudoBoxLabeller(network, method, Provenance("", "", ""))
+            labeller = PseudoBoxLabeller(
+                network, LocalizationConfig(), Provenance("", "", ""), forward=forward
+            )
             rates = corlocs(labeller, images, truths)
             result.update({f"block {block} {feature} {rule}": r for rule, r in rates.items()})
             rows.append([f"{block} {feature}", *(f"{rates[rule]:.1f}" for rule in RULES)])

@@ -28,13 +28,18 @@ from torch import Tensor, nn
 from benchmarks.bulk_jobs import ray_seconds_per_image, repeated_inputs
 from benchmarks.timing import best_seconds, print_table, write_json
 from pipeline.boxes import aligned_iou
-from pipeline.cluster.recipes import PseudoBoxes
-from pipeline.config import BackboneConfig, ComputeConfig, ImagesConfig
+from pipeline.config import BackboneConfig, ComputeConfig, ImagesConfig, LocalizationConfig
 from pipeline.data.lake import Collection
 from pipeline.data.pixels import load_pixels, pixels_of_row
-from pipeline.labelling.labeller import Method, Provenance, PseudoBoxLabeller
+from pipeline.labelling.labeller import (
+    ForwardPass,
+    Provenance,
+    PseudoBoxes,
+    PseudoBoxLabeller,
+)
 from pipeline.localization.localize import localize
-from pipeline.models.backbones import Weights, build_backbone, load_weights
+from pipeline.models.backbones import build_backbone, load_weights
+from pipeline.models.checkpoints import Weights
 from pipeline.models.features import NORMALIZATIONS, PatchFeatures, normalize_and_pad
 
 
@@ -108,9 +113,14 @@ def published_vit(settings: Settings, weights: Weights | None) -> Any:
 
 def job_seconds_per_image(settings: Settings, weights: Weights) -> float:
     """(e)"""
-    backbone = BackboneConfig(name=settings.name, feature=settings.feature, block=settings.block)
+    backbone = BackboneConfig(
+        name=settings.name,
+        feature=settings.feature,
+        block=settings.block,
+        normalize=settings.normalize,
+    )
     return ray_seconds_per_image(
-        PseudoBoxes(backbone, weights, Method(normalize=settings.normalize)),
+        PseudoBoxes(backbone, weights, LocalizationConfig()),
         repeated_inputs(Collection(settings.images).chunks(), settings.num_images_ray),
         Provenance("benchmark", "", weights.sha256),
         ImagesConfig(),
@@ -143,8 +153,12 @@ def main(settings: Settings) -> None:
         network = build_backbone(
             settings.name, weights, feature=settings.feature, block=settings.block
         )
-        method = Method(normalize=settings.normalize, precision=precision)
-        return PseudoBoxLabeller(network, method, Provenance("benchmark", "", ""))
+        return PseudoBoxLabeller(
+            network,
+            LocalizationConfig(),
+            Provenance("benchmark", "", ""),
+            forward=ForwardPass(settings.normalize, precision),
+        )
 
     ours, half = labeller("fp32"), labeller("bf16")
     batches = [[images[row] for row in rows] for rows in ours.batches(images)]

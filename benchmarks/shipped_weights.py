@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from benchmarks.feature_sweep import boxes_by_rule
 from benchmarks.timing import print_table, write_json
+from pipeline.config import LocalizationConfig
 from pipeline.data.labelled_folders import is_archive, read_archive, read_folder
 from pipeline.evaluation.corloc import (
     THRESHOLD,
@@ -29,7 +30,7 @@ from pipeline.evaluation.corloc import (
     interval_95,
     resampled_rates,
 )
-from pipeline.labelling.labeller import Method, Provenance, PseudoBoxLabeller
+from pipeline.labelling.labeller import ForwardPass, Provenance, PseudoBoxLabeller
 from pipeline.models.backbones import build_backbone, build_vit, load_weights
 from pipeline.pretraining.network import DINONetwork
 from pipeline.pretraining.probe import BoxProbe, neighbour_accuracy, read_box_probe
@@ -133,7 +134,12 @@ def _hits(net: Network, text: str, probe: BoxProbe) -> dict[str, NDArray[np.bool
     weights = load_weights(net.name, net.checkpoint) if net.trained else None
     chosen: Any = feature
     backbone = build_backbone(net.name, weights, feature=chosen, block=int(block))
-    labeller = PseudoBoxLabeller(backbone, Method(normalize=net.normalize), Provenance("", "", ""))
+    labeller = PseudoBoxLabeller(
+        backbone,
+        LocalizationConfig(),
+        Provenance("", "", ""),
+        forward=ForwardPass(net.normalize),
+    )
     found = boxes_by_rule(labeller, list(probe.photos))
     return {rule: best_ious(boxes, probe.truths) >= THRESHOLD for rule, boxes in found.items()}
 

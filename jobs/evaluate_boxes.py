@@ -17,9 +17,9 @@ def main(job: EvaluateJob) -> None:
     """Print the report, then the same numbers as one line of JSON."""
     import json
 
-    from pipeline.evaluation.evaluate_boxes import evaluate
+    from pipeline.evaluation.evaluate_boxes import evaluate_boxes
 
-    print(json.dumps(evaluate(job)))
+    print(json.dumps(evaluate_boxes(job)))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ The rooms, from the ground up (imports only go downwards; `make check` proves it
     evaluation/        CorLoc with its interval; paired comparisons of runs
     drawing/images.py   what the method saw, as pictures
     tracking/tracker.py        MLflow, which may fail without harm
-    runs/places.py          what a job reads: made absolute, and looked for in time
     comparison/recorded_runs.py recorded runs, read back
     comparison/compare_runs.py    runs -> the paired table
     labelling/labeller.py       a batch of images -> rows of the table (no Ray)

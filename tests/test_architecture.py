@@ -63,3 +63,10 @@ def test_the_command_line_is_light(module: str) -> None:
 
 def test_a_worker_that_reads_and_writes_blocks_does_not_load_torch() -> None:
     assert loaded_by("pipeline.cluster.block_tasks", {"torch", "timm", "mlflow"}) == set()
+
+
+def test_what_an_actor_is_made_of_brings_nothing_of_the_drivers() -> None:
+    recipes = "pipeline.labelling.labeller, pipeline.detection.labeller"
+    assert loaded_by(recipes, {"ray", "rich", "mlflow"}) == set()
+    theirs = {"mlflow", "pipeline.progress", "pipeline.tracking", "pipeline.gallery"}
+    assert loaded_by("pipeline.cluster.label_blocks", theirs) == set()

@@ -35,7 +35,8 @@ from pipeline.data.sharding import ShardedBatchSampler
 from pipeline.data.splits import SplitRule
 from pipeline.errors import ConfigError
 from pipeline.losses.multi_stage import DRLocObjective, DRLocOptions, Pooling, pooled_shape
-from pipeline.models.backbones import Weights, build_model, load_classifier_weights
+from pipeline.models.backbones import build_model, load_classifier_weights
+from pipeline.models.checkpoints import Weights
 from pipeline.models.features import NORMALIZATIONS
 from pipeline.models.grid_classifier import GridClassifier
 from pipeline.training import schedules

@@ -39,18 +39,12 @@ class Receipt:
 class LoadBlock:
     """Task: the number of a block -> its inputs, read and decoded."""
 
-    def __init__(self, sweep: LabelPass, images: ImagesConfig) -> None:
-        self.sweep, self.images = sweep, images
+    def __init__(self, label_pass: LabelPass, decode: ImagesConfig) -> None:
+        self.label_pass, self.decode = label_pass, decode
 
     def __call__(self, numbers: pa.Table) -> pa.Table:
         number = numbers["item"][0].as_py()
-        pixels = load_pixels(
-            self.sweep.inputs_of(number),
-            min_side=self.images.min_side,
-            max_side=self.images.max_side,
-            max_pixels=self.images.max_pixels,
-            background=self.images.background,
-        )
+        pixels = load_pixels(self.label_pass.inputs_of(number), **dict(self.decode))
         return pixels.append_column("block", pa.repeat(pa.scalar(number), pixels.num_rows))
 
 
@@ -60,13 +54,13 @@ class CommitBlock:
     A fault of the storage travels as a receipt: an exception would reach the driver as a text.
     """
 
-    def __init__(self, sweep: LabelPass) -> None:
-        self.sweep = sweep
+    def __init__(self, label_pass: LabelPass) -> None:
+        self.label_pass = label_pass
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         number = rows["block"][0].as_py()
         try:
-            self.sweep.commit_block(number, rows.drop_columns("block"))
+            self.label_pass.commit_block(number, rows.drop_columns("block"))
         except StorageError as fault:
             lost = {"block": [number], "rows": [0], "outcomes": ["{}"], "fault": [str(fault)]}
             return pa.table(lost, schema=RECEIPT)

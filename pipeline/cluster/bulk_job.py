@@ -6,12 +6,10 @@ image is read. The work itself is spread in label_blocks.py; what survives a kil
 in labelling/run.py.
 """
 
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,11 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.cluster.block_tasks import Receipt
-from pipeline.cluster.label_blocks import LabelPlan, label_blocks
-from pipeline.cluster.recipes import Recipe
+from pipeline.cluster.label_blocks import LabelPlan, Recipe, label_blocks
 from pipeline.config import BulkJob, flatten
 from pipeline.data.lake import Listing
-from pipeline.data.pseudo_labels import Manifest, config_hash, iterate_labels
+from pipeline.data.pseudo_labels import Manifest, config_hash, iterate_labels, versions
 from pipeline.errors import ConfigError, TooManyBadImages, without_secrets
 from pipeline.gallery.gallery import sheet_of_boxes
 from pipeline.labelling.rows import Provenance
@@ -39,7 +36,7 @@ _METRIC_SECONDS = 10.0
 
 
 class ImageList(Protocol):
-    """The images to go over: ``lake.Collection``, ``table_images.TableImages``."""
+    """The images to go over: ``lake.Collection``, ``lake.TableImages``."""
 
     @property
     def report(self) -> Listing:
@@ -88,49 +85,35 @@ def run_bulk_job(job: BulkJob, work: Work) -> int:
     with Lease(output) as lease:
         run = open_run(output, work.config, resume=job.resume, overwrite=job.overwrite)
         number = run.passes_committed()
-        sweep = run.open_pass(number)
-        if not sweep.is_listed and not _freeze_inputs(run, sweep, job, work):
+        label_pass = run.open_pass(number)
+        if not label_pass.is_listed and not _freeze_inputs(run, label_pass, job, work):
             run.tidy()
             return _summarise(run.manifest(), output, job)
+        provenance = Provenance(run.run_id, config_hash(run.config), work.weights_sha256)
+        plan = LabelPlan(label_pass, work.recipe, provenance, job.decode, job.compute)
         with _tracker(run, job, work) as tracker:
             tracker.log_params(flatten(_as_told(job)))
             tracker.set_tags({"job": work.name, "run_id": run.run_id, "output": str(output)})
-            speed = _label(_Shift(run, sweep, job, work), tracker, lease)
+            speed = _label(plan, job, work.verb, tracker, lease)
             lease.check()
             manifest = run.commit(
                 number,
                 weights_sha256=work.weights_sha256,
                 job=_as_told(job),
-                versions=_versions(),
+                versions=versions(),
                 tracking=_tracked_as(tracker, job),
             )
             _log_results(tracker, manifest, output, speed)
     return _summarise(manifest, output, job)
 
 
-@dataclass(frozen=True, eq=False)
-class _Shift:
-    """One sweep of a job."""
-
-    run: LabelRun
-    sweep: LabelPass
-    job: BulkJob
-    work: Work
-
-    def plan(self) -> LabelPlan:
-        run = self.run
-        provenance = Provenance(run.run_id, config_hash(run.config), self.work.weights_sha256)
-        job = self.job
-        return LabelPlan(self.sweep, self.work.recipe, provenance, job.decode, job.compute)
-
-
-def _freeze_inputs(run: LabelRun, sweep: LabelPass, job: BulkJob, work: Work) -> bool:
-    """Decide once what this sweep labels; False where there is nothing left to do."""
+def _freeze_inputs(run: LabelRun, label_pass: LabelPass, job: BulkJob, work: Work) -> bool:
+    """Decide once what this pass labels; False where there is nothing left to do."""
     if not run.is_finished:
         try:
             collection = work.images()
-            sweep.freeze_inputs(collection.chunks(), job.compute.block_size)
-            sweep.note_listing(collection.report.model_dump(mode="json"))
+            label_pass.freeze_inputs(collection.chunks(), job.compute.block_size)
+            label_pass.note_listing(collection.report.model_dump(mode="json"))
         except BaseException:
             run.abandon()
             raise
@@ -141,7 +124,7 @@ def _freeze_inputs(run: LabelRun, sweep: LabelPass, job: BulkJob, work: Work) ->
     if not failed:
         _say(f"{run.output} is finished already; nothing is left to do")
         return False
-    sweep.freeze_inputs(iter(failed), job.compute.block_size)
+    label_pass.freeze_inputs(iter(failed), job.compute.block_size)
     _say(f"{sum(table.num_rows for table in failed):,} failed images are gone over again")
     return True
 
@@ -162,19 +145,18 @@ def _describe(listing: Listing) -> Iterator[str]:
         yield f"  UNREADABLE FOLDERS, their images are missing: {folders}"
 
 
-def _label(shift: _Shift, tracker: Tracker, lease: Lease) -> float:
+def _label(plan: LabelPlan, job: BulkJob, verb: str, tracker: Tracker, lease: Lease) -> float:
     """Label the blocks that are not on disk yet; images per second of this part."""
-    sizes = shift.sweep.sizes()
-    finished = shift.sweep.finished_blocks()
+    sizes = plan.label_pass.sizes()
+    finished = plan.label_pass.finished_blocks()
     waiting = [block for block in range(len(sizes)) if block not in finished]
     done = sum(sizes[block] for block in finished)
     if finished:
         _say(f"resuming: {done:,} of {sum(sizes):,} images are on disk")
     if not waiting:
         return 0.0
-    receipts = label_blocks(shift.plan(), waiting, debug=shift.job.debug)
-    seconds, verb = shift.job.progress_seconds, shift.work.verb
-    with ProgressReporter(verb, sum(sizes), done=done, seconds=seconds) as progress:
+    receipts = label_blocks(plan, waiting, debug=job.debug)
+    with ProgressReporter(verb, sum(sizes), done=done, seconds=job.progress_seconds) as progress:
         for receipt in _at_a_pace(receipts, progress, tracker):
             lease.check()
             progress.advance(receipt.rows, _outcomes(receipt))
@@ -234,21 +216,6 @@ def _log_results(tracker: Tracker, manifest: Manifest, output: Location, speed: 
     sheet = sheet_of_boxes(next(iterate_labels(output)))
     if sheet is not None:
         tracker.log_artifact_bytes(sheet, "boxes.png")
-
-
-def _versions() -> dict[str, str]:
-    names = (
-        "patchseed",
-        "torch",
-        "torchvision",
-        "timm",
-        "ray",
-        "pyarrow",
-        "pillow",
-        "scipy",
-        "numpy",
-    )
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
 def _summarise(manifest: Manifest, output: Location, job: BulkJob) -> int:

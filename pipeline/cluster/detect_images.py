@@ -6,11 +6,11 @@ import logging
 from typing import Any
 
 from pipeline.cluster.bulk_job import ImageList, Work, run_bulk_job
-from pipeline.cluster.recipes import DetectedBoxes
 from pipeline.config import DetectJob
 from pipeline.data.lake import Collection, TableImages
+from pipeline.data.places import with_absolute_places
 from pipeline.detection.exported_detector import StoredDetector, read_detector
-from pipeline.detection.labeller import method_of
+from pipeline.detection.labeller import DetectedBoxes, method_of
 from pipeline.errors import ConfigError
 from pipeline.storage import Location
 
@@ -26,7 +26,7 @@ def detect_images(job: DetectJob) -> int:
         PatchseedError: of the kind that errors.py lists; the output then still holds what is done.
     """
     logging.basicConfig(level=logging.INFO if job.debug else logging.WARNING, format="%(message)s")
-    job = _with_absolute_paths(job)
+    job = with_absolute_places(job)
     if job.output == job.labels:
         raise ConfigError(f"--output must not be the folder of --labels, got {job.output}")
     stored = read_detector(
@@ -64,12 +64,3 @@ def _detector_as_told(stored: StoredDetector) -> dict[str, Any]:
     }
     # Tuples would not equal the lists that a resumed run reads.
     return dict(json.loads(json.dumps(told)))
-
-
-def _with_absolute_paths(job: DetectJob) -> DetectJob:
-    """The job as it can be repeated, and its inputs found, from any other folder."""
-    names = ("images", "labels", "detector", "output")
-    given = {name: place for name in names if (place := getattr(job, name)) is not None}
-    return job.model_copy(
-        update={name: str(Location.parse(place)) for name, place in given.items()}
-    )

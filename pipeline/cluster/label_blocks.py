@@ -1,6 +1,8 @@
 """Label a collection on Ray Data: blocks of inputs -> pixels (CPU) -> boxes (actors) -> Parquet.
 
-What an actor does to a block of pixels is its recipe (recipes.py), and nothing here knows it.
+What an actor does to a block of pixels is its recipe (``PseudoBoxes`` of labelling/labeller.py,
+``DetectedBoxes`` of detection/labeller.py), and nothing here knows it. Another way to label is
+another recipe, beside its labeller, and a door like detect_images.py.
 
 Every block goes through whole: one task reads and decodes it, one actor call labels it, one task
 puts its rows on disk and returns a receipt. The driver sees receipts only, so its memory does not
@@ -9,7 +11,7 @@ flight, is told in labelling/run.py.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -17,18 +19,25 @@ import ray
 import torch
 
 from pipeline.cluster.block_tasks import CommitBlock, LoadBlock, Receipt, receipts_of
-from pipeline.cluster.recipes import Recipe
 from pipeline.cluster.session import count, ray_session
 from pipeline.config import ComputeConfig, ImagesConfig
 from pipeline.errors import ClusterError, one_line
 from pipeline.labelling.rows import Provenance
 from pipeline.labelling.run import LabelPass
+from pipeline.storage import Location
 
 # Without GPUs actors and decoding share the cores. An actor reserves less than the cores it works
 # on, so that reading, decoding and writing always find a slot beside a full set of actors.
 _CPU_SHARE_OF_ACTOR = 0.75
 _CPU_SHARE_OF_LOADING = 0.25
 _CPU_SHARE_OF_COMMIT = 0.125
+
+Labeller = Callable[[pa.Table], pa.Table]
+"""Rows of ``PIXELS_SCHEMA`` in, as many rows of ``pseudo_labels.SCHEMA`` out."""
+
+Recipe = Callable[[Provenance, str], Labeller]
+"""What rows say of their making, and a device (``cpu``, ``cuda``), give a labeller. It is pickled
+once, fetched once a node, and called where its device is."""
 
 _LOG = logging.getLogger("pipeline.label_blocks")
 
@@ -87,17 +96,17 @@ class _LabelBlock:
 
 @dataclass(frozen=True)
 class LabelPlan:
-    """All that the workers need to know."""
+    """All that the workers of a pass need to know."""
 
-    sweep: LabelPass
+    label_pass: LabelPass
     recipe: Recipe
     provenance: Provenance
-    images: ImagesConfig
+    decode: ImagesConfig
     compute: ComputeConfig
 
 
 def label_blocks(plan: LabelPlan, blocks: list[int], *, debug: bool = False) -> Iterator[Receipt]:
-    """Label these blocks of the sweep on Ray; a receipt for each, as they get done.
+    """Label these blocks of the pass on Ray; a receipt for each, as they get done.
 
     Raises:
         ClusterError: there is no Ray to work on, or the work died inside it. Finished blocks stay.
@@ -105,7 +114,7 @@ def label_blocks(plan: LabelPlan, blocks: list[int], *, debug: bool = False) -> 
     """
     with ray_session(debug=debug):
         _quieten(debug)
-        _warn_of_private_disks(plan.sweep)
+        _warn_of_private_disks(plan.label_pass.folder)
         placement = place_actors(plan.compute, cpus=count("CPU"), gpus=count("GPU"))
         try:
             for batch in _dataset(plan, blocks, placement).iter_batches(
@@ -121,10 +130,10 @@ def label_blocks(plan: LabelPlan, blocks: list[int], *, debug: bool = False) -> 
             ) from fault
 
 
-def _warn_of_private_disks(sweep: LabelPass) -> None:
+def _warn_of_private_disks(folder: Location) -> None:
     nodes = sum(node["Alive"] for node in ray.nodes())
-    if nodes > 1 and sweep.folder.is_local:
-        _LOG.warning("%d nodes will write to %s: it must be a disk they share", nodes, sweep.folder)
+    if nodes > 1 and folder.is_local:
+        _LOG.warning("%d nodes will write to %s: it must be a disk they share", nodes, folder)
 
 
 def _dataset(plan: LabelPlan, blocks: list[int], placement: Placement) -> "ray.data.Dataset":
@@ -132,7 +141,7 @@ def _dataset(plan: LabelPlan, blocks: list[int], placement: Placement) -> "ray.d
     return (
         ray.data.from_items(blocks, override_num_blocks=len(blocks))
         .map_batches(
-            LoadBlock(plan.sweep, plan.images).__call__,
+            LoadBlock(plan.label_pass, plan.decode).__call__,
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=placement.cpus_per_load,
@@ -147,7 +156,7 @@ def _dataset(plan: LabelPlan, blocks: list[int], placement: Placement) -> "ray.d
             compute=ray.data.ActorPoolStrategy(size=min(placement.num_actors, len(blocks))),
         )
         .map_batches(
-            CommitBlock(plan.sweep).__call__,
+            CommitBlock(plan.label_pass).__call__,
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=_CPU_SHARE_OF_COMMIT,

@@ -1,17 +1,16 @@
-"""The labelling job: its weights, its backbone, its method; the rest is any bulk job's life."""
+"""The labelling job: its weights, its backbone, its recipe; the rest is any bulk job's life."""
 
 import logging
-from pathlib import Path
 
 from pipeline.cluster.bulk_job import Work, run_bulk_job
-from pipeline.cluster.recipes import PseudoBoxes
 from pipeline.config import LabelJob
 from pipeline.data.lake import Collection
-from pipeline.labelling.labeller import Method
-from pipeline.models.backbones import Weights, build_backbone, load_weights
+from pipeline.data.places import with_absolute_places
+from pipeline.labelling.labeller import PseudoBoxes
+from pipeline.models.backbones import build_backbone, load_weights
+from pipeline.models.checkpoints import Weights
 from pipeline.models.exported_backbone import network_of_checkpoint
 from pipeline.models.published_weights import published_normalization
-from pipeline.storage import Location
 
 _LOG = logging.getLogger("pipeline.label_images")
 
@@ -26,7 +25,7 @@ def label_images(job: LabelJob) -> int:
         PatchseedError: of the kind that errors.py lists; the output then still holds what is done.
     """
     logging.basicConfig(level=logging.INFO if job.debug else logging.WARNING, format="%(message)s")
-    job = _with_backbone_of_checkpoint(_with_absolute_paths(job))
+    job = _with_backbone_of_checkpoint(with_absolute_places(job))
     weights = load_weights(job.backbone.name, job.backbone.checkpoint)
     build_backbone(
         job.backbone.name, weights, feature=job.backbone.feature, block=job.backbone.block
@@ -36,18 +35,15 @@ def label_images(job: LabelJob) -> int:
 
 
 def _work(job: LabelJob, weights: Weights) -> Work:
-    method = Method(
-        **job.localization.model_dump(),
-        normalize=job.backbone.normalize,
-        precision=job.compute.precision,
-        batch_size=job.compute.batch_size,
-    )
+    compute = job.compute
     return Work(
         name="label_images",
         verb="label",
         run_name=f"label-{job.localization.rule}",
         images=lambda: Collection(job.images),
-        recipe=PseudoBoxes(job.backbone, weights, method),
+        recipe=PseudoBoxes(
+            job.backbone, weights, job.localization, compute.precision, compute.batch_size
+        ),
         weights_sha256=weights.sha256,
         config=job.what_decides_the_boxes(weights.sha256),
     )
@@ -64,16 +60,6 @@ def _warn_of_normalization(job: LabelJob) -> None:
             trained,
             chosen,
         )
-
-
-def _with_absolute_paths(job: LabelJob) -> LabelJob:
-    """The job as it can be repeated, and its inputs found, from any other folder."""
-    places = {"images": str(Location.parse(job.images)), "output": str(Location.parse(job.output))}
-    backbone = job.backbone
-    if backbone.checkpoint is not None:
-        path = str(Path(backbone.checkpoint).expanduser().absolute())
-        backbone = backbone.model_copy(update={"checkpoint": path})
-    return job.model_copy(update={**places, "backbone": backbone})
 
 
 def _with_backbone_of_checkpoint(job: LabelJob) -> LabelJob:

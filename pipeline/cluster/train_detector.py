@@ -8,13 +8,13 @@ from typing import Any
 from pipeline.cluster.detect_images import detect_images
 from pipeline.cluster.training import run_training, say
 from pipeline.config import DetectJob, TrainDetectorJob
+from pipeline.data.places import require_places, with_absolute_places
 from pipeline.detection.exported_detector import read_detector
 from pipeline.detection.onnx_export import export_detector_onnx
 from pipeline.detection.run import train_detector_here
 from pipeline.detection.setup import read_table
 from pipeline.errors import ConfigError
 from pipeline.runs.folder import RunFolder
-from pipeline.runs.places import require_places, with_absolute_places
 from pipeline.storage import Location
 
 

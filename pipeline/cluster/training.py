@@ -29,13 +29,13 @@ from rich.table import Table
 from pipeline.classification.run import export_run, train_classifier_here
 from pipeline.cluster.session import count, ray_session
 from pipeline.config import PretrainDinoJob, TrainClassifierJob, TrainingJob
+from pipeline.data.places import require_places, with_absolute_places
 from pipeline.errors import ClusterError, ConfigError, PatchseedError, one_line
 from pipeline.models.exported_backbone import WEIGHTS, write_backbone
 from pipeline.pretraining.run import pretrain_dino_here
 from pipeline.progress import duration
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.life import Outside, TrainHere
-from pipeline.runs.places import require_places, with_absolute_places
 from pipeline.storage import Location
 from pipeline.training.workers import current_workers
 

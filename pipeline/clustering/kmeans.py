@@ -1,7 +1,7 @@
 """Vectors -> clusters: k-means++ with restarts, and the k-means that LOST runs.
 
 To try another way: a function that returns a ``Clustering``, a case in ``cluster``, its name in
-``ClusteringMethod`` there and in ``config/clustering.py``.
+``ClusteringMethod`` of config/clustering.py.
 
 Shape letters:  N vectors   D channels   K clusters
 """
@@ -9,15 +9,15 @@ Shape letters:  N vectors   D channels   K clusters
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.cluster.vq import kmeans2, whiten
 
+from pipeline.config.clustering import ClusteringMethod
 from pipeline.errors import DataError
 
-ClusteringMethod = Literal["kmeans++", "lost"]
 Vectors: TypeAlias = NDArray[np.floating[Any]]
 
 # Sums are of float64, and the vectors may be many: so many are converted at a time.

@@ -9,11 +9,8 @@ Shape letters:  N boxes   D channels   K clusters
 """
 
 import os
-import platform
 import sys
-from importlib.metadata import version
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,13 +28,15 @@ from pipeline.clustering.table_boxes import (
 )
 from pipeline.config import ClusterJob, ImagesConfig
 from pipeline.data.images import DecodedImage, decode_image
-from pipeline.data.pseudo_labels import Manifest, manifest_sha256, read_manifest
+from pipeline.data.places import with_absolute_places
+from pipeline.data.pseudo_labels import Manifest, manifest_sha256, read_manifest, versions
 from pipeline.drawing.images import Finding, Picture, Size, contact_sheet, draw_box
 from pipeline.errors import ConfigError, DataError, TooManyBadImages, WeightsError
 from pipeline.gallery.maps import decoding_of
 from pipeline.labelling.run import open_run, require_free
 from pipeline.lease import Lease
-from pipeline.models.backbones import Weights, build_class_tokens, load_weights
+from pipeline.models.backbones import build_class_tokens, load_weights
+from pipeline.models.checkpoints import Weights
 from pipeline.models.dino_vit import ClassTokens
 from pipeline.models.exported_backbone import network_of_checkpoint
 from pipeline.progress import ProgressReporter
@@ -158,7 +157,7 @@ def cluster_boxes(job: ClusterJob) -> int:
             weights_sha256=source.weights_sha256,
             collection=source.collection,
             job=source.job | {"clusters": job.model_dump(mode="json")},
-            versions=_versions(),
+            versions=versions(),
         )
     if sheet is not None:
         title = f"{job.num_clusters} clusters of {len(vectors_ND):,} boxes, {job.backbone.name}"
@@ -168,19 +167,11 @@ def cluster_boxes(job: ClusterJob) -> int:
 
 def _settled(job: ClusterJob) -> ClusterJob:
     """The job as it can be repeated from any folder, with the network that its weights are of."""
+    job = with_absolute_places(job)
     backbone = job.backbone
-    checkpoint = backbone.checkpoint
-    if checkpoint is not None:
-        checkpoint = str(Path(checkpoint).expanduser().absolute())
     default = type(backbone).model_fields["name"].default
-    name = network_of_checkpoint(backbone.name, checkpoint, default=default)
-    return job.model_copy(
-        update={
-            "labels": str(Location.parse(job.labels)),
-            "output": str(Location.parse(job.output)),
-            "backbone": backbone.model_copy(update={"name": name, "checkpoint": checkpoint}),
-        }
-    )
+    name = network_of_checkpoint(backbone.name, backbone.checkpoint, default=default)
+    return job.model_copy(update={"backbone": backbone.model_copy(update={"name": name})})
 
 
 def _sheet_place(job: ClusterJob, labels: Location, output: Location) -> Location | None:
@@ -276,11 +267,6 @@ def _vectors(boxes: TableBoxes, network: ClassTokens, job: ClusterJob) -> NDArra
             f"take other weights than {job.backbone.checkpoint or job.backbone.name}"
         )
     return vectors_ND
-
-
-def _versions() -> dict[str, str]:
-    names = ("patchseed", "torch", "torchvision", "timm", "pyarrow", "pillow", "scipy", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
 def _summarise(

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 from torchvision.transforms.functional import InterpolationMode, normalize, resize
 
+from pipeline.config.settings import Normalization
 from pipeline.data.images import DecodedImage
 from pipeline.data.pixels import facts_of, unread
 from pipeline.data.pseudo_labels import SCHEMA, iterate_labels
@@ -53,7 +54,7 @@ class CropOptions:
     side: int = 256
     """Pixels of the shorter side."""
 
-    normalize: str = "imagenet"
+    normalize: Normalization = "imagenet"
     """A name of ``NORMALIZATIONS``."""
 
     antialias: bool = True

@@ -14,6 +14,7 @@ from pipeline.config.settings import (
     Count,
     Fraction,
     NonNegative,
+    Normalization,
     Positive,
     PositiveInt,
     Probability,
@@ -259,7 +260,7 @@ class AugmentConfig(Settings):
     label_smoothing: Below1 = 0.1
     """Part of the target that is spread over all classes."""
 
-    normalize: Literal["imagenet", "half"] = "imagenet"
+    normalize: Normalization = "imagenet"
     """Input normalisation: ImageNet's mean and deviation, or 0.5 and 0.5."""
 
 

@@ -1,10 +1,12 @@
 """The knobs of clustering boxes into classes without names."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from pipeline.config.settings import PositiveInt, Seed, Settings
+from pipeline.config.settings import Normalization, PositiveInt, Seed, Settings
+
+ClusteringMethod = Literal["kmeans++", "lost"]
 
 
 class TokenBackboneConfig(Settings):
@@ -16,12 +18,14 @@ class TokenBackboneConfig(Settings):
     checkpoint: str | None = None
     """Local .safetensors or .pth with the weights; without it they come from the hub by name."""
 
-    normalize: Literal["imagenet", "half"] = "imagenet"
+    normalize: Normalization = "imagenet"
     """Input normalisation: ImageNet's mean and deviation, or 0.5 and 0.5 (timm's augreg ViTs)."""
 
 
 class ClusterJob(Settings):
     """Give the boxes of a table classes without names, as LOST does for class-aware detection."""
+
+    places: ClassVar = {"labels": "file or folder", "backbone.checkpoint": "file or folder"}
 
     labels: str
     """Pseudo-label table (folder); its images are found through its URIs."""
@@ -32,7 +36,7 @@ class ClusterJob(Settings):
     num_clusters: PositiveInt = 20
     """Classes to find; labels are 1 to this number. LOST takes 20 for VOC."""
 
-    method: Literal["kmeans++", "lost"] = "kmeans++"
+    method: ClusteringMethod = "kmeans++"
     """k-means++ with restarts, label 1 being the largest cluster; or what LOST runs: SciPy's
     kmeans2 on whitened vectors, random centres, 10 iterations."""
 

@@ -289,6 +289,12 @@ class DetectComputeConfig(ComputeConfig):
 class DetectJob(BulkJob):
     """Find the objects of every image of a collection with a trained detector."""
 
+    places: ClassVar = {
+        "images": "images",
+        "labels": "file or folder",
+        "detector": "file or folder",
+    }
+
     images: str | None = None
     """A folder, a glob, a .txt or .parquet list of URIs, or Parquet with image bytes; local paths,
     s3:// or gs://."""

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from pipeline.config.settings import (
     Fraction,
+    Normalization,
     PositiveInt,
     Precision,
     Seed,
@@ -18,6 +19,7 @@ Feature = Literal["key", "query", "value"]
 Rule = Literal["solost", "lost"]
 Similarity = Literal["cosine", "dot", "pearson"]
 Difficult = Literal["drop", "ignore", "keep"]
+Scores = Literal["table", "equal"]
 
 Level = Annotated[int, Field(ge=0, le=255)]
 
@@ -39,7 +41,7 @@ class BackboneConfig(Settings):
     block: int = -1
     """ViT only: which block, from 0; negative counts from the last."""
 
-    normalize: Literal["imagenet", "half"] = "imagenet"
+    normalize: Normalization = "imagenet"
     """Input normalisation: ImageNet's mean and deviation, or 0.5 and 0.5 (timm's augreg ViTs)."""
 
 
@@ -192,7 +194,7 @@ class EvaluateJob(Settings):
     """AP: objects marked difficult are no objects (drop, as Detectron2 and LOST), count neither way
     (ignore, as the VOC devkit), or count like all others (keep)."""
 
-    scores: Literal["table", "equal"] = "table"
+    scores: Scores = "table"
     """AP: rank boxes by the table's scores, or take all as equally sure."""
 
     class_aware: bool = False

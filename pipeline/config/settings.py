@@ -6,6 +6,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Precision = Literal["fp32", "bf16", "fp16"]
+Normalization = Literal["imagenet", "half"]
+"""ImageNet's mean and deviation, or 0.5 and 0.5 (timm's augreg ViTs)."""
 
 Place = Literal["file or folder", "images", "weights"]
 """What a setting names: something that is there; a collection, as label_images takes it, or an
@@ -22,7 +24,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     places: ClassVar[Mapping[str, Place]] = {}
-    """The settings, by dotted names, that say what to read (runs/places.py)."""
+    """The settings, by dotted names, that say what to read (data/places.py)."""
 
 
 class TrackedSettings(Settings):

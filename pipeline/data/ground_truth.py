@@ -9,7 +9,7 @@ VOC counts pixels from 1 and includes the last one, so ``[xmin, ymin, xmax, ymax
 Truncated and difficult objects are kept; the latter are marked.
 
 To read another format: a function that returns ``list[GroundTruth]``, and a case in
-``read_ground_truth`` (evaluation/one_box.py).
+``read_ground_truth``.
 
 Shape letters:  N objects of one image   M crowd regions of one image
 """
@@ -24,11 +24,13 @@ from typing import Any
 from xml.etree.ElementTree import Element, ParseError
 
 import numpy as np
+import pyarrow as pa
 from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 from numpy.typing import NDArray
 
 from pipeline.boxes import Boxes, area, as_boxes, xywh_to_xyxy
+from pipeline.data.lake import Collection
 from pipeline.errors import DataError, one_line
 from pipeline.storage import Location
 
@@ -310,3 +312,35 @@ def _is_difficult(item: Element) -> bool:
     if text not in ("", "0", "1", "false", "true"):
         raise ValueError(f"object/difficult must be 0 or 1, got {text!r}")
     return text in ("1", "true")
+
+
+def read_ground_truth(place: Location) -> list[GroundTruth]:
+    """A folder is read as Pascal VOC, a file as COCO.
+
+    Raises:
+        DataError: there is nothing, or it is damaged.
+    """
+    if place.required("--ground-truth").kind() == "folder":
+        return read_voc(place)
+    return read_coco(place)
+
+
+def annotated_images(
+    images: str, ground_truth: str, *, num_images: int | None
+) -> tuple[pa.Table, list[GroundTruth]]:
+    """The annotated images in the order of their URIs, ``num_images`` at most.
+
+    Returns:
+        Their rows, as ``Collection`` gives them, and the annotations of each row.
+
+    Raises:
+        DataError: no image of the collection is annotated, or the annotations cannot be read.
+    """
+    read = read_ground_truth(Location.parse(ground_truth))
+    truths = {PurePosixPath(one.file_name).name: one for one in read}
+    inputs = pa.concat_tables(list(Collection(images).chunks()))
+    named = [PurePosixPath(uri).name in truths for uri in inputs["uri"].to_pylist()]
+    chosen = inputs.filter(pa.array(named, pa.bool_())).sort_by("uri").slice(0, num_images)
+    if not chosen.num_rows:
+        raise DataError(f"none of {inputs.num_rows} images of {images} is in {ground_truth}")
+    return chosen, [truths[PurePosixPath(uri).name] for uri in chosen["uri"].to_pylist()]

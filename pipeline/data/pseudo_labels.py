@@ -11,7 +11,10 @@ only where an old reader would misunderstand the new table.
 
 import hashlib
 import json
+import platform
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -24,6 +27,11 @@ from pipeline.storage import Location
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "_MANIFEST.json"
 MAX_ERROR_LENGTH = 512
+
+_PACKAGES = (
+    *("patchseed", "torch", "torchvision", "timm", "ray", "pyarrow", "pillow", "numpy", "scipy"),
+    "pycocotools",
+)
 
 Status = Literal[
     "ok",
@@ -112,6 +120,15 @@ def config_hash(config: dict[str, Any]) -> str:
     """Sixteen hex digits that change when any setting does."""
     text = json.dumps(config, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """Of what numbers may depend on: python and packages; one that is not installed is absent."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def encode_table(table: pa.Table, config: dict[str, Any]) -> bytes:

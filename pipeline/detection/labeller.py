@@ -7,12 +7,16 @@ Shape letters:  D boxes of one image
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from pipeline.boxes import area, clip, rescale
+from pipeline.config.settings import Precision
+from pipeline.detection.exported_detector import StoredDetector
 from pipeline.detection.predictor import Predictor
 from pipeline.evaluation.predictions import Detections
 from pipeline.labelling.rows import (
@@ -25,9 +29,7 @@ from pipeline.labelling.rows import (
     rows_in_groups,
     too_large,
 )
-from pipeline.models.features import Precision, as_fits, in_precision
-
-__all__ = ["BATCH_SIZES", "DetectionLabeller", "method_of"]
+from pipeline.models.features import as_fits, in_precision
 
 METHOD = "cad"
 # The head of c4 sees a thousand regions of each image: more images at once save it nothing.
@@ -130,3 +132,27 @@ class DetectionLabeller:
                 (best_4[:2] <= 0).any() or (best_4[2:] >= (width, height)).any()
             ),
         }
+
+
+@dataclass(frozen=True, eq=False)
+class DetectedBoxes:
+    """Many boxes per image, found by a trained detector: a recipe for a labeller.
+
+    To be pickled once and called where the images are.
+    """
+
+    stored: StoredDetector
+    method: str = METHOD
+    precision: Precision = "fp32"
+    batch_size: int | None = None
+
+    def __call__(self, provenance: Provenance, device: str) -> DetectionLabeller:
+        """The labeller, its detector on ``device`` (``cpu``, ``cuda``)."""
+        detector = self.stored.detector.to(torch.device(device))
+        return DetectionLabeller(
+            Predictor(detector, self.stored.transform),
+            provenance,
+            method=self.method,
+            precision=self.precision,
+            batch_size=self.batch_size,
+        )

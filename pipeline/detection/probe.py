@@ -10,14 +10,14 @@ import numpy as np
 from PIL import Image
 
 from pipeline.config import TrainDetectorJob
-from pipeline.data.ground_truth import GroundTruth
+from pipeline.config.labelling import Difficult
+from pipeline.data.ground_truth import GroundTruth, annotated_images
 from pipeline.data.labelled_images import decode_rgb, printable
 from pipeline.data.sources import ReadFault, fetch_bytes
 from pipeline.detection.predictor import Predictor
 from pipeline.errors import DataError
-from pipeline.evaluation.average_precision import Difficult, average_precision
+from pipeline.evaluation.average_precision import average_precision
 from pipeline.evaluation.corloc import best_ious, corloc
-from pipeline.evaluation.one_box import annotated_images
 from pipeline.evaluation.predictions import Detections
 from pipeline.training.workers import Workers
 

@@ -57,7 +57,8 @@ class TimmPyramid(nn.Module):
         Raises:
             WeightsError: they do not fit; nothing is changed then.
         """
-        from pipeline.models.backbones import Weights, feature_map_weights
+        from pipeline.models.backbones import feature_map_weights
+        from pipeline.models.checkpoints import Weights
 
         network = self.body.network
         places = dict(_places(network))

@@ -16,9 +16,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.evaluation.all_boxes import DetectionEvaluation
 from pipeline.evaluation.average_precision import MAX_BOXES, RecallGroup
 from pipeline.evaluation.class_matching import ClassMatching
-from pipeline.evaluation.evaluate_detections import DetectionEvaluation
 
 RULES = {
     "drop": "difficult objects dropped",

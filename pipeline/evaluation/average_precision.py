@@ -26,7 +26,7 @@ import io
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,11 +34,11 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from pipeline.boxes import Boxes, area, as_boxes, xywh_to_xyxy, xyxy_to_xywh
+from pipeline.config.labelling import Difficult
 from pipeline.data.ground_truth import GroundTruth
 from pipeline.evaluation.corloc import interval_95
 from pipeline.evaluation.predictions import Detections
 
-Difficult = Literal["drop", "ignore", "keep"]
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]

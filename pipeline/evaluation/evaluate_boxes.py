@@ -1,13 +1,11 @@
 """The door of jobs/evaluate_boxes.py: boxes and annotations -> the report, its files, its record.
 
-One box per image is one_box.py, all boxes against all objects evaluate_detections.py, the failures'
+One box per image is one_box.py, all boxes against all objects all_boxes.py, the failures'
 pictures worst_cases.py. To write one more file: a line in ``_files``.
 """
 
 import json
-import platform
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +13,15 @@ from rich.console import Console
 
 from pipeline.config import EvaluateJob
 from pipeline.config.settings import flatten
+from pipeline.data.pseudo_labels import versions
 from pipeline.errors import ConfigError, StorageError
-from pipeline.evaluation.ap_report import precision_recall_png, print_detection_report
-from pipeline.evaluation.evaluate_detections import (
+from pipeline.evaluation.all_boxes import (
     DetectionEvaluation,
     DetectionOptions,
     coco_results,
 )
-from pipeline.evaluation.one_box import Evaluation, evaluate_boxes
+from pipeline.evaluation.ap_report import precision_recall_png, print_detection_report
+from pipeline.evaluation.one_box import Evaluation, measure_labels
 from pipeline.evaluation.report import as_json, print_report
 from pipeline.evaluation.worst_cases import worst_cases_png
 from pipeline.storage import Location
@@ -30,10 +29,8 @@ from pipeline.tracking.tracker import OFF, start_tracker
 
 NUMBERS, CURVES, WORST = "evaluation.json", "precision_recall.png", "worst_cases.png"
 
-_PACKAGES = ("patchseed", "numpy", "pycocotools", "scipy")
 
-
-def evaluate(job: EvaluateJob) -> dict[str, Any]:
+def evaluate_boxes(job: EvaluateJob) -> dict[str, Any]:
     """Measure, write and record what the job asks for, print the report, and give every number.
 
     Raises:
@@ -42,7 +39,7 @@ def evaluate(job: EvaluateJob) -> dict[str, Any]:
         StorageError: a file cannot be written.
     """
     output = _output_of(job)
-    evaluation = evaluate_boxes(
+    evaluation = measure_labels(
         job.labels,
         job.ground_truth,
         ignore_difficult=job.ignore_difficult,
@@ -53,7 +50,7 @@ def evaluate(job: EvaluateJob) -> dict[str, Any]:
     detection = evaluation.detection
     if detection is None:
         raise ValueError("options of detection were given, but nothing was measured by them")
-    numbers = as_json(evaluation) | {"evaluated_with": _versions()}
+    numbers = as_json(evaluation) | {"evaluated_with": versions()}
     console = Console(file=sys.stdout)
     # Written first: what is printed last is then the result, whole or not at all.
     notes = _write(job, output, numbers, detection)
@@ -140,14 +137,3 @@ def _record(job: EvaluateJob, numbers: dict[str, Any], detection: DetectionEvalu
     tracker.log_artifact_bytes(precision_recall_png(detection), f"pictures/{CURVES}")
     delivery = tracker.close()
     return [f"MLflow run {delivery.run_id}: {delivery}"]
-
-
-def _versions() -> dict[str, str]:
-    """Of what computed the numbers; a package that is not installed is absent."""
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -1,8 +1,7 @@
 """One box per image against its objects: CorLoc with its interval, baselines and groups.
 
 To add a number: its arithmetic beside ``corloc``, a field of ``Score`` or ``Evaluation``, and its
-line in report.py. To read another annotation format: a reader in data/ground_truth.py, and a case
-in ``read_ground_truth``. Images and annotations are matched by the names of their files.
+line in report.py.
 
 Shape letters:  N images   M methods compared   R resamples
 """
@@ -10,17 +9,19 @@ Shape letters:  N images   M methods compared   R resamples
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.boxes import Boxes, as_boxes
-from pipeline.data.ground_truth import GroundTruth, read_coco, read_voc
-from pipeline.data.lake import Collection
+from pipeline.data.ground_truth import GroundTruth, read_ground_truth
 from pipeline.errors import DataError
+from pipeline.evaluation.all_boxes import (
+    DetectionEvaluation,
+    DetectionOptions,
+    measure_all_boxes,
+)
 from pipeline.evaluation.corloc import (
     THRESHOLD,
     Floats,
@@ -29,11 +30,6 @@ from pipeline.evaluation.corloc import (
     corloc,
     interval_95,
     resampled_rates,
-)
-from pipeline.evaluation.evaluate_detections import (
-    DetectionEvaluation,
-    DetectionOptions,
-    evaluate_detections,
 )
 from pipeline.evaluation.matching import match
 from pipeline.evaluation.predictions import Prediction, describe_labels, read_predictions
@@ -110,7 +106,7 @@ class Evaluation:
     detection: DetectionEvaluation | None = None
 
 
-def evaluate_boxes(
+def measure_labels(
     labels: str,
     ground_truth: str,
     *,
@@ -165,21 +161,10 @@ def evaluate_boxes(
         },
         detection=None
         if detection is None
-        else evaluate_detections(
+        else measure_all_boxes(
             everything, matching.predictions, detection, num_resamples=num_resamples, seed=seed
         ),
     )
-
-
-def read_ground_truth(place: Location) -> list[GroundTruth]:
-    """A folder is read as Pascal VOC, a file as COCO.
-
-    Raises:
-        DataError: there is nothing, or it is damaged.
-    """
-    if place.required("--ground-truth").kind() == "folder":
-        return read_voc(place)
-    return read_coco(place)
 
 
 def _best_ious(
@@ -242,26 +227,3 @@ def _groups(best_iou_N: Floats, truths: Sequence[GroundTruth]) -> dict[str, Grou
         name: Group(hits=int((hit_N & member_N).sum()), num_images=int(member_N.sum()))
         for name, member_N in (("single_object", single_N), ("multi_object", ~single_N))
     }
-
-
-def annotated_images(
-    images: str, ground_truth: str, *, num_images: int | None
-) -> tuple[pa.Table, list[GroundTruth]]:
-    """The annotated images in the order of their URIs, ``num_images`` at most.
-
-    Returns:
-        Their rows, as ``Collection`` gives them, and the annotations of each row.
-
-    Raises:
-        DataError: no image of the collection is annotated, or the annotations cannot be read.
-    """
-    truths = {
-        PurePosixPath(one.file_name).name: one
-        for one in read_ground_truth(Location.parse(ground_truth))
-    }
-    inputs = pa.concat_tables(list(Collection(images).chunks()))
-    named = [PurePosixPath(uri).name in truths for uri in inputs["uri"].to_pylist()]
-    chosen = inputs.filter(pa.array(named, pa.bool_())).sort_by("uri").slice(0, num_images)
-    if not chosen.num_rows:
-        raise DataError(f"none of {inputs.num_rows} images of {images} is in {ground_truth}")
-    return chosen, [truths[PurePosixPath(uri).name] for uri in chosen["uri"].to_pylist()]

@@ -6,7 +6,6 @@ drawing/images.py and append it in ``MapDrawer.panels``.
 Shape letters:  B images (always 1 here)   H, W rows and columns of patches   N patches (H * W)
 """
 
-import dataclasses
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from pipeline.config import BackboneConfig, ImagesConfig, LocalizationConfig
+from pipeline.config.labelling import Similarity
 from pipeline.data.pseudo_labels import Manifest
 from pipeline.drawing.images import (
     METHOD_COLOURS,
@@ -27,11 +27,12 @@ from pipeline.drawing.images import (
     similarity_panel,
 )
 from pipeline.errors import WeightsError, one_line
-from pipeline.labelling.labeller import Method, Provenance, PseudoBoxLabeller
-from pipeline.localization.affinity import Similarity, compare, similarity_to
-from pipeline.localization.localize import Localization
+from pipeline.labelling.labeller import ForwardPass, Provenance, PseudoBoxLabeller
+from pipeline.localization.affinity import compare, similarity_to
+from pipeline.localization.localize import Localization, localize
 from pipeline.localization.seed_expansion import OWN_SIMILARITY
-from pipeline.models.backbones import Weights, build_backbone, load_weights
+from pipeline.models.backbones import build_backbone, load_weights
+from pipeline.models.checkpoints import Weights
 from pipeline.models.features import FeatureExtractor, PatchFeatures
 
 
@@ -40,20 +41,25 @@ class MapDrawer:
 
     Args:
         backbone: the network that made the table.
-        method: the table's own. The other rule has its knob from there too, but compares patches
+        own: the table's settings. The other rule has its knob from there too, but compares patches
             in its own way: the table's similarity was chosen for the table's rule.
+        forward: how the table's images went through the network.
     """
 
-    def __init__(self, backbone: FeatureExtractor, method: Method) -> None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        nobody = Provenance("", "", "")
-        self.labeller = PseudoBoxLabeller(backbone, method, nobody, device=device)
-        other: Method = dataclasses.replace(
-            method, rule="lost" if method.rule == "solost" else "solost", similarity=None
+    def __init__(
+        self, backbone: FeatureExtractor, own: LocalizationConfig, forward: ForwardPass
+    ) -> None:
+        self.labeller = PseudoBoxLabeller(
+            backbone,
+            own,
+            Provenance("", "", ""),
+            forward=forward,
+            device="cuda" if torch.cuda.is_available() else "cpu",
         )
-        another = PseudoBoxLabeller(backbone, other, nobody, device=device)
+        rule = "lost" if own.rule == "solost" else "solost"
+        other = own.model_copy(update={"rule": rule, "similarity": None})
         # In one order whatever the table's rule is, so that pictures of two tables compare.
-        self.pair = sorted((self.labeller, another), key=lambda one: one.method.rule)
+        self.pair = sorted((own, other), key=lambda one: one.rule)
 
     def panels(self, pixels_HW3: Pixels) -> list[Panel]:
         """Degree map, similarity to the seed, LOST, SoLOST; the image as the network sees it."""
@@ -61,12 +67,12 @@ class MapDrawer:
         found = self.labeller.localize(features)
         grid = found.mask_BHW.shape[1:]
         degree_HW = found.degree_BN[0].reshape(grid).cpu().numpy()
-        cosine_HW = _similarity_to_seed(features, found, _similarity(self.labeller.method))
+        cosine_HW = _similarity_to_seed(features, found, _similarity(self.labeller.localization))
         stride, seed_xy = features.stride, _finding(found, features.stride).seed_xy
         return [
             degree_panel(pixels_HW3, degree_HW, stride, seed_xy=seed_xy),
             similarity_panel(pixels_HW3, cosine_HW, stride, seed_xy=seed_xy),
-            *(_mask_panel(pixels_HW3, features, labeller) for labeller in self.pair),
+            *(_mask_panel(pixels_HW3, features, settings) for settings in self.pair),
         ]
 
 
@@ -87,12 +93,8 @@ def load_map_drawer(manifest: Manifest, checkpoint: str | None) -> MapDrawer:
     weights = load_weights(backbone.name, checkpoint or named)
     _require_same(weights, manifest.weights_sha256)
     network = build_backbone(backbone.name, weights, feature=backbone.feature, block=backbone.block)
-    method = Method(
-        **localization.model_dump(),
-        normalize=backbone.normalize,
-        precision=manifest.config.get("precision", "fp32"),
-    )
-    return MapDrawer(network, method)
+    forward = ForwardPass(backbone.normalize, manifest.config.get("precision", "fp32"))
+    return MapDrawer(network, localization, forward)
 
 
 def decoding_of(manifest: Manifest) -> ImagesConfig:
@@ -137,8 +139,8 @@ def _require_same(weights: Weights, sha256: str) -> None:
         )
 
 
-def _similarity(method: Method) -> Similarity:
-    return method.similarity or OWN_SIMILARITY[method.rule]
+def _similarity(settings: LocalizationConfig) -> Similarity:
+    return settings.similarity or OWN_SIMILARITY[settings.rule]
 
 
 def _similarity_to_seed(
@@ -154,21 +156,20 @@ def _similarity_to_seed(
     return cosine_HW
 
 
-def _mask_panel(pixels_HW3: Pixels, features: PatchFeatures, labeller: PseudoBoxLabeller) -> Panel:
-    method = labeller.method
-    found = labeller.localize(features)
+def _mask_panel(pixels_HW3: Pixels, features: PatchFeatures, settings: LocalizationConfig) -> Panel:
+    found = localize(features.tokens_BHWD, **dict(settings))
     picture = draw_mask(
         pixels_HW3,
         found.mask_BHW[0].cpu().numpy(),
         features.stride,
         _finding(found, features.stride),
-        colour=METHOD_COLOURS[method.rule],
+        colour=METHOD_COLOURS[settings.rule],
     )
-    lost = method.rule == "lost"
-    knob = f"k = {method.num_candidates}" if lost else f"m = {method.keep_fraction:g}"
+    lost = settings.rule == "lost"
+    knob = f"k = {settings.num_candidates}" if lost else f"m = {settings.keep_fraction:g}"
     nothing = "" if found.found_B[0] else ", nothing found"
-    title = f"{METHOD_NAMES[method.rule]}, {knob}{nothing}"
-    return Panel(picture, title, f"{_similarity(method)}; voted patches around the seed")
+    title = f"{METHOD_NAMES[settings.rule]}, {knob}{nothing}"
+    return Panel(picture, title, f"{_similarity(settings)}; voted patches around the seed")
 
 
 def _finding(found: Localization, stride: int) -> Finding:

@@ -1,21 +1,23 @@
 """A batch of decoded images -> rows of the pseudo-label table: what a labelling actor does.
 
-Knows no Ray: a notebook can call ``PseudoBoxLabeller`` on a table of ``data.pixels.load_pixels``.
+Knows no Ray: a notebook can call ``PseudoBoxLabeller`` on a table of ``data.pixels.load_pixels``;
+``PseudoBoxes`` is the recipe of one, to be sent to where the images are.
 
 Shape letters:  B images   H, W rows and columns   D channels
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from pipeline.boxes import Boxes, area
+from pipeline.config import BackboneConfig, LocalizationConfig
+from pipeline.config.settings import Normalization, Precision
 from pipeline.labelling.rows import (
     Image,
     Outcome,
@@ -26,21 +28,27 @@ from pipeline.labelling.rows import (
     rows_in_groups,
     too_large,
 )
-from pipeline.localization.affinity import Similarity
 from pipeline.localization.localize import Localization, localize
-from pipeline.localization.seed_expansion import Rule
+from pipeline.models.checkpoints import Weights
 from pipeline.models.features import (
     NORMALIZATIONS,
     FeatureExtractor,
     PatchFeatures,
-    Precision,
     as_fits,
     in_precision,
     normalize_and_pad,
     padded_size,
 )
 
-__all__ = ["BATCH_SIZES", "NOTHING_FOUND", "Image", "Method", "Provenance", "PseudoBoxLabeller"]
+__all__ = [
+    "BATCH_SIZES",
+    "NOTHING_FOUND",
+    "ForwardPass",
+    "Image",
+    "Provenance",
+    "PseudoBoxLabeller",
+    "PseudoBoxes",
+]
 
 OBJECT_LABEL = 1
 # More than four 500 x 375 images' activations leave a CPU's caches: 15 % slower (docs/log.md).
@@ -49,29 +57,13 @@ NOTHING_FOUND = "no patch can be a seed: all features are zero or not finite"
 
 
 @dataclass(frozen=True)
-class Method:
-    """How boxes are found: the arguments of ``localize`` and of the forward pass."""
+class ForwardPass:
+    """How images go through the network."""
 
-    rule: Rule = "solost"
-    similarity: Similarity | None = None
-    keep_fraction: float = 0.5
-    num_candidates: int = 100
-    affinity_memory_mib: int = 512
-    normalize: Literal["imagenet", "half"] = "imagenet"
+    normalize: Normalization = "imagenet"
     precision: Precision = "fp32"
     batch_size: int | None = None
-    """Images per forward pass; None is what suits the device (``BATCH_SIZES``)."""
-
-    def localize(self, tokens_BHWD: Tensor) -> Localization:
-        """The boxes of this method, in patches."""
-        return localize(
-            tokens_BHWD,
-            rule=self.rule,
-            similarity=self.similarity,
-            keep_fraction=self.keep_fraction,
-            num_candidates=self.num_candidates,
-            affinity_memory_mib=self.affinity_memory_mib,
-        )
+    """Images at once; None is what suits the device (``BATCH_SIZES``)."""
 
 
 class PseudoBoxLabeller:
@@ -79,24 +71,27 @@ class PseudoBoxLabeller:
 
     Args:
         backbone: patch features of normalised, padded images.
-        method: how boxes are found.
+        localization: how features become boxes: the arguments of ``localize``.
         provenance: copied into every row.
+        forward: how images go through the backbone.
         device: where the network runs, e.g. ``"cpu"`` or ``"cuda"``.
     """
 
     def __init__(
         self,
         backbone: FeatureExtractor,
-        method: Method,
+        localization: LocalizationConfig,
         provenance: Provenance,
         *,
+        forward: ForwardPass | None = None,
         device: str = "cpu",
     ) -> None:
         self.backbone = backbone.to(device)
-        self.method = method
+        self.localization = localization
         self.provenance = provenance
+        self.forward = forward or ForwardPass()
         self.device = device
-        self.batch_size = method.batch_size or BATCH_SIZES[device.partition(":")[0]]
+        self.batch_size = self.forward.batch_size or BATCH_SIZES[device.partition(":")[0]]
 
     def __call__(self, decoded: pa.Table) -> pa.Table:
         """Rows of ``PIXELS_SCHEMA`` -> as many rows of ``pseudo_labels.SCHEMA``, in their order.
@@ -111,7 +106,9 @@ class PseudoBoxLabeller:
         for rows in self.batches(images):
             batch = [image for row in rows if (image := images[row]) is not None]
             outcomes |= zip(rows, self._label(batch, sizes_N2[rows]), strict=True)
-        return label_rows(decoded, outcomes, method=self.method.rule, provenance=self.provenance)
+        return label_rows(
+            decoded, outcomes, method=self.localization.rule, provenance=self.provenance
+        )
 
     def batches(self, images: Sequence[Image | None]) -> Iterator[list[int]]:
         """Row numbers that share a padded grid, in groups of at most ``batch_size``."""
@@ -140,17 +137,45 @@ class PseudoBoxLabeller:
     @torch.inference_mode()
     def extract(self, images: Sequence[Image]) -> PatchFeatures:
         """Patch features of uint8 images that share one padded grid, in the chosen precision."""
-        mean, std = NORMALIZATIONS[self.method.normalize]
+        mean, std = NORMALIZATIONS[self.forward.normalize]
         pixels_B3HW = normalize_and_pad(
             images, multiple=self.backbone.patch_size, mean=mean, std=std
         )
-        with in_precision(self.method.precision, self.device):
+        with in_precision(self.forward.precision, self.device):
             features: PatchFeatures = self.backbone(pixels_B3HW.to(self.device))
         return features
 
     def localize(self, features: PatchFeatures) -> Localization:
-        """The boxes of this method, in patches."""
-        return self.method.localize(features.tokens_BHWD)
+        """The boxes of these settings, in patches."""
+        return localize(features.tokens_BHWD, **dict(self.localization))
+
+
+@dataclass(frozen=True, eq=False)
+class PseudoBoxes:
+    """One box per image, found in the features of a backbone: a recipe for a labeller.
+
+    To be pickled once and called where the images are.
+    """
+
+    backbone: BackboneConfig
+    weights: Weights
+    localization: LocalizationConfig
+    precision: Precision = "fp32"
+    batch_size: int | None = None
+
+    def __call__(self, provenance: Provenance, device: str) -> PseudoBoxLabeller:
+        """The labeller, its network on ``device`` (``cpu``, ``cuda``)."""
+        # Late: it loads timm, which a labeller of another's network has no need of.
+        from pipeline.models.backbones import build_backbone
+
+        chosen = self.backbone
+        network = build_backbone(
+            chosen.name, self.weights, feature=chosen.feature, block=chosen.block
+        )
+        forward = ForwardPass(chosen.normalize, self.precision, self.batch_size)
+        return PseudoBoxLabeller(
+            network, self.localization, provenance, forward=forward, device=device
+        )
 
 
 def in_original_pixels(

@@ -49,7 +49,7 @@ from pipeline.storage import Location
 
 @dataclass(frozen=True)
 class LabelPass:
-    """A sweep; ``folder`` is its own, ``config`` goes into every block's metadata."""
+    """A pass over images; ``folder`` is its own, ``config`` goes into every block's metadata."""
 
     folder: Location
     config: dict[str, Any]
@@ -84,7 +84,7 @@ class LabelPass:
         self.folder.child("listing.json").write_bytes(json.dumps(listing).encode())
 
     def listing(self) -> dict[str, Any] | None:
-        """What ``note_listing`` kept; None where this sweep was not listed from a collection."""
+        """What ``note_listing`` kept; None where this pass was not listed from a collection."""
         place = self.folder.child("listing.json")
         return json.loads(place.read_bytes()) if place.kind() == "file" else None
 
@@ -159,11 +159,11 @@ class LabelRun:
         return self.output.child(MANIFEST_NAME).kind() == "file"
 
     def open_pass(self, number: int) -> LabelPass:
-        """The sweep with this number; 0 is the first."""
+        """The pass with this number; 0 is the first."""
         return LabelPass(self._folder.child(f"pass-{number:04d}"), self.config)
 
     def passes_committed(self) -> int:
-        """How many sweeps the table consists of; the next one has this number."""
+        """How many passes the table consists of; the next one has this number."""
         return read_manifest(self.output).passes if self.is_finished else 0
 
     def manifest(self) -> Manifest:
@@ -175,7 +175,7 @@ class LabelRun:
         _delete_run(self.output)
 
     def failed_inputs(self) -> Iterator[pa.Table]:
-        """The committed rows that failed (status ``error_*``), as inputs of a further sweep."""
+        """The committed rows that failed (status ``error_*``), as inputs of a further pass."""
         for table in iterate_labels(self.output, ["image_id", "uri", "status"]):
             failed = table.filter(pc.starts_with(table["status"], "error_"))
             if failed.num_rows:
@@ -190,7 +190,7 @@ class LabelRun:
         versions: dict[str, str],
         tracking: dict[str, str],
     ) -> Manifest:
-        """Make the finished sweep part of the table: files first, the manifest last.
+        """Make the finished pass part of the table: files first, the manifest last.
 
         Until the manifest is replaced a reader sees the table as it was; what the new one does not
         list is deleted afterwards.
@@ -214,7 +214,7 @@ class LabelRun:
         versions: dict[str, str],
         collection: dict[str, Any],
     ) -> Manifest:
-        """Make these rows the table, without a sweep: for a job that makes one table of another."""
+        """Make these rows the table, without a pass: for a job that makes one table of another."""
         return self._commit(
             tables,
             0,
@@ -270,12 +270,12 @@ class LabelRun:
         return files, counts
 
     def _merged_rows(self, number: int) -> Iterator[pa.Table]:
-        """The table's rows with those of sweep ``number`` in the place of their elders."""
+        """The table's rows with those of pass ``number`` in the place of their elders."""
         newest = self.open_pass(number).all_rows()
         if number == 0:
             yield from newest
             return
-        # A later sweep holds failed images only: few enough for memory.
+        # A later pass holds failed images only: few enough for memory.
         again = pa.concat_tables(list(newest))
         for table in iterate_labels(self.output):
             superseded = pc.is_in(table["image_id"], value_set=again["image_id"].combine_chunks())

@@ -4,20 +4,20 @@ Two patches are similar when their product is strictly positive. The sign is alw
 un-normalised product: normalising turns an exact 0 into +-1e-9 noise. Normalisation only weighs the
 votes (LOST section 3.2 against SoLOST), so it is kept apart as ``ComparedPatches.voter_BND``.
 
-To add a similarity: write a function beside ``_dot``, ``_cosine`` and ``_pearson``, and a case
-in ``compare``.
+To add a similarity: write a function beside ``_dot``, ``_cosine`` and ``_pearson``, a case in
+``compare``, and its name in ``Similarity`` of config/labelling.py.
 
 Shape letters:  B images   N patches (H * W)   D channels   R rows of a tile
 """
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-Similarity = Literal["cosine", "dot", "pearson"]
+from pipeline.config.labelling import Similarity
 
 # A product costs four bytes.
 _BYTES_PER_PRODUCT = 4
@@ -49,7 +49,9 @@ def compare(features_BND: Tensor, similarity: Similarity) -> ComparedPatches:
             return _cosine(features_BND)
         case "pearson":
             return _pearson(features_BND)
-    raise ValueError(f"similarity must be cosine, dot or pearson, got {similarity!r}")
+    raise ValueError(
+        f"similarity must be one of {', '.join(get_args(Similarity))}, got {similarity!r}"
+    )
 
 
 def _dot(features_BND: Tensor) -> ComparedPatches:

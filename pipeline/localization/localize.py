@@ -11,15 +11,16 @@ Shape letters:  B images   H, W grid rows and columns   N patches (H * W)   D ch
 """
 
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from pipeline.localization.affinity import Similarity, compare, count_similar, similarity_to
+from pipeline.config.labelling import Rule, Similarity
+from pipeline.localization.affinity import compare, count_similar, similarity_to
 from pipeline.localization.components import seed_component, tight_boxes
 from pipeline.localization.seed_expansion import (
     OWN_SIMILARITY,
-    Rule,
     choose_seeds,
     degree_order,
     expand,
@@ -115,8 +116,8 @@ def _check(
     if features.ndim != 4 or 0 in features.shape[1:]:
         shape = tuple(features.shape)
         raise ValueError(f"features must be (B, H, W, D) with H, W, D at least 1, got {shape}")
-    if rule not in OWN_SIMILARITY:
-        raise ValueError(f"rule must be lost or solost, got {rule!r}")
+    if rule not in get_args(Rule):
+        raise ValueError(f"rule must be one of {', '.join(get_args(Rule))}, got {rule!r}")
     if not 0 < keep_fraction <= 1:
         raise ValueError(f"keep_fraction must be in (0, 1], got {keep_fraction}")
     if num_candidates < 1:

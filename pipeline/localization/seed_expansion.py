@@ -4,18 +4,16 @@ The seed is the patch with the fewest similar patches (LOST, section 3.2): objec
 their surroundings, so a patch similar to few others likely lies on one.
 
 To try a rule of your own: write a function beside ``expand_lost`` and ``expand_solost``, add a case
-to ``expand`` and its name to ``Rule``.
+to ``expand``, a line to ``OWN_SIMILARITY`` and its name to ``Rule`` of config/labelling.py.
 
 Shape letters:  B images   N patches
 """
 
-from typing import Literal
+from typing import assert_never
 
 from torch import Tensor
 
-from pipeline.localization.affinity import Similarity
-
-Rule = Literal["solost", "lost"]
+from pipeline.config.labelling import Rule, Similarity
 
 # What each method compares its patches by, where the user does not say (facts: the published code).
 OWN_SIMILARITY: dict[Rule, Similarity] = {"lost": "dot", "solost": "cosine"}
@@ -30,7 +28,7 @@ def expand(
             return expand_lost(similar_BN, place_BN, num_candidates=num_candidates)
         case "solost":
             return expand_solost(similar_BN, place_BN, keep_fraction=keep_fraction)
-    raise ValueError(f"rule must be lost or solost, got {rule!r}")
+    assert_never(rule)
 
 
 def expand_lost(similar_BN: Tensor, place_BN: Tensor, *, num_candidates: int) -> Tensor:

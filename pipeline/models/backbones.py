@@ -12,9 +12,8 @@ timm.
 
 import inspect
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Any, Unpack
 
 import timm
 import torch
@@ -22,8 +21,10 @@ from timm.layers import Attention, PatchEmbed
 from timm.models import group_parameters, vision_transformer
 from torch import Tensor, nn
 
+from pipeline.config.labelling import Feature
 from pipeline.errors import ConfigError
 from pipeline.models.checkpoints import (
+    Weights,
     file_sha256,
     fit_state_dict,
     patch_side,
@@ -64,15 +65,6 @@ from pipeline.models.published_weights import (
 _ANOTHER = "take another backbone, such as timm/convnext_tiny"
 
 
-@dataclass(frozen=True, eq=False)
-class Weights:
-    """Tensors by name on the CPU, the sha256 of the file they came from, and where that was."""
-
-    state_dict: dict[str, Tensor] = field(repr=False)
-    sha256: str
-    source: str
-
-
 def load_weights(name: str, checkpoint: str | None) -> Weights:
     """The weights of backbone ``name``, from a local file or else from where they are published.
 
@@ -96,7 +88,7 @@ def build_backbone(
     name: str,
     weights: Weights | None,
     *,
-    feature: Literal["key", "query", "value"] = "key",
+    feature: Feature = "key",
     block: int = -1,
 ) -> FeatureExtractor:
     """Backbone ``name`` in evaluation mode, frozen, on the CPU.

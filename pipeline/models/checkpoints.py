@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import pickle
 import zipfile
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,15 @@ _PREFIXES = ("module.", "backbone.")
 _HEADS = ("head.", "head_dist.", "fc.", "classifier.", "pre_logits.")
 _OPTIONAL = ".num_batches_tracked"
 _SHOWN = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """Tensors by name on the CPU, the sha256 of the file they came from, and where that was."""
+
+    state_dict: dict[str, Tensor] = field(repr=False)
+    sha256: str
+    source: str
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:

@@ -18,12 +18,13 @@ distillation, registers)   D channels
 import math
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.config.labelling import Feature
 from pipeline.errors import ConfigError
 from pipeline.models.features import FeatureExtractor, PatchFeatures
 
@@ -38,9 +39,7 @@ _MAX_CACHED_GRIDS = 8
 class ViTFeatures(FeatureExtractor):
     """The ``feature`` projection of block ``block`` for every patch, prefix tokens dropped."""
 
-    def __init__(
-        self, vit: nn.Module, *, feature: Literal["key", "query", "value"] = "key", block: int = -1
-    ) -> None:
+    def __init__(self, vit: nn.Module, *, feature: Feature = "key", block: int = -1) -> None:
         """Take over the parts of ``vit`` that the feature needs (shared, not copied).
 
         Raises:

@@ -15,10 +15,8 @@ Shape letters:  B images   H, W rows and columns in pixels   K classes
 import hashlib
 import json
 import math
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypedDict, overload
 
@@ -32,6 +30,7 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
+from pipeline.data.pseudo_labels import versions
 from pipeline.errors import DataError, StorageError, WeightsError, one_line
 from pipeline.models.backbones import build_model
 from pipeline.models.checkpoints import fit_state_dict
@@ -310,10 +309,7 @@ def _config_of(description: ClassifierDescription) -> dict[str, Any]:
         "preprocessing": said["preprocessing"],
         "metrics": said["metrics"],
         "made_by": said["made_by"],
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("patchseed", "torch", "torchvision", "timm")},
-        },
+        "versions": versions(),
     }
     plain: dict[str, Any] = json.loads(json.dumps(config, allow_nan=False))
     return plain

@@ -10,12 +10,14 @@ Shape letters:  B images   H, W rows and columns (pixels of images, patches of t
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+
+from pipeline.config.settings import Precision
 
 NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -109,8 +111,6 @@ def _writeable(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     wrappable = image.flags.writeable and min(image.strides) >= 0
     return image if wrappable else image.copy()
 
-
-Precision = Literal["fp32", "bf16", "fp16"]
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")

@@ -20,12 +20,12 @@ from torch.nn import functional as F
 
 from pipeline.boxes import Boxes
 from pipeline.config import PretrainDinoJob
+from pipeline.data.ground_truth import annotated_images
 from pipeline.data.labelled_folders import is_archive, read_archive, read_folder
 from pipeline.data.labelled_images import LabelledImages
 from pipeline.data.pixels import load_pixels, pixels_of_row
 from pipeline.errors import DataError
 from pipeline.evaluation.corloc import best_ious, corloc
-from pipeline.evaluation.one_box import annotated_images
 from pipeline.localization.localize import localize
 from pipeline.models.dino_vit import ViTFeatures
 from pipeline.models.features import NORMALIZATIONS, normalize_and_pad

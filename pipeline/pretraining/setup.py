@@ -11,8 +11,8 @@ from pipeline.config import PretrainDinoJob
 from pipeline.data.labelled_images import LabelledImages
 from pipeline.data.loader import LoaderOptions, num_loaders, train_loader
 from pipeline.data.sharding import ShardedBatchSampler
-from pipeline.models.backbones import Weights, build_vit, load_weights
-from pipeline.models.checkpoints import PICKLED
+from pipeline.models.backbones import build_vit, load_weights
+from pipeline.models.checkpoints import PICKLED, Weights
 from pipeline.pretraining.images import preload, random_square, read_unlabelled
 from pipeline.pretraining.network import DINONetwork
 from pipeline.pretraining.task import DINOObjective, DINOTask

@@ -8,6 +8,7 @@ settings, and the file that says it is done.
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from pipeline.config.labelling import Feature, Rule, Similarity
 from pipeline.reproduction.published_figures import Published
 from pipeline.storage import Location
 
@@ -41,9 +42,9 @@ class BoxesRecipe:
     backbone: str
     """As ``backbones.BACKBONES`` names it."""
 
-    rule: Literal["lost", "solost"] = "lost"
-    similarity: Literal["cosine", "dot", "pearson"] | None = None
-    feature: Literal["key", "query", "value"] | None = None
+    rule: Rule = "lost"
+    similarity: Similarity | None = None
+    feature: Feature | None = None
     """None is the backbone's own."""
 
 

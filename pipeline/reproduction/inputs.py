@@ -12,9 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from pipeline.data.ground_truth import GroundTruth
+from pipeline.data.ground_truth import GroundTruth, annotated_images
 from pipeline.errors import ConfigError, DataError
-from pipeline.evaluation.one_box import annotated_images
 from pipeline.reproduction.backbones import BACKBONES
 from pipeline.reproduction.cells import Split
 from pipeline.storage import Location

@@ -4,18 +4,16 @@ Rank 0 alone writes; all read the same folder. A kind of run is a ``TrainingRun`
 ``kind``, ``look`` and ``finish`` (classification/run.py, pretraining/run.py).
 """
 
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.config import TrainingJob, flatten
-from pipeline.data.pseudo_labels import config_hash
+from pipeline.data.pseudo_labels import config_hash, versions
 from pipeline.errors import StorageError
 from pipeline.runs.folder import RunFolder, run_name
 from pipeline.runs.record import (
@@ -257,9 +255,3 @@ def summary_of(
         "versions": versions(),
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-def versions() -> dict[str, str]:
-    """What the numbers may depend on."""
-    packages = ("patchseed", "torch", "torchvision", "timm")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}

@@ -16,7 +16,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -26,13 +26,14 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from pipeline.boxes import Boxes, as_boxes
+from pipeline.config.labelling import Feature
 from pipeline.errors import ConfigError, DataError, StorageError
-from pipeline.models.backbones import Weights, build_backbone
+from pipeline.models.backbones import build_backbone
+from pipeline.models.checkpoints import Weights
 from pipeline.models.dino_vit import ViTFeatures
 from pipeline.models.features import FeatureExtractor
 from pipeline.storage import Location
 
-FeatureName = Literal["key", "query", "value"]
 Source = tuple[str, int]
 """A feature and its block; negative blocks count from the last."""
 
@@ -50,7 +51,7 @@ class ManyFeatures:
         """
         self._extractors: dict[Source, FeatureExtractor] = {
             (feature, block): build_backbone(
-                name, weights, feature=cast(FeatureName, feature), block=block
+                name, weights, feature=cast(Feature, feature), block=block
             )
             for feature, block in sources
         }

@@ -16,18 +16,19 @@ import torch
 
 from pipeline.boxes import as_boxes
 from pipeline.config import LabelJob
-from pipeline.data.ground_truth import GroundTruth
+from pipeline.data.ground_truth import GroundTruth, read_ground_truth
 from pipeline.data.lake import Collection
 from pipeline.data.pixels import load_pixels
 from pipeline.data.pseudo_labels import config_hash
 from pipeline.errors import DataError
 from pipeline.evaluation.corloc import best_ious, corloc
 from pipeline.evaluation.matching import match
-from pipeline.evaluation.one_box import read_ground_truth
 from pipeline.evaluation.predictions import Prediction
-from pipeline.labelling.labeller import Image, Method, PseudoBoxLabeller, in_original_pixels
+from pipeline.labelling.labeller import ForwardPass, Image, PseudoBoxLabeller, in_original_pixels
 from pipeline.labelling.rows import Provenance, decoded_images
-from pipeline.models.backbones import Weights, load_weights
+from pipeline.localization.localize import localize
+from pipeline.models.backbones import load_weights
+from pipeline.models.checkpoints import Weights
 from pipeline.models.exported_backbone import network_of_checkpoint
 from pipeline.models.features import NORMALIZATIONS, in_precision, normalize_and_pad, padded_size
 from pipeline.storage import Location
@@ -122,10 +123,10 @@ def measured(folder: Location, job: LabelJob) -> dict[str, float]:
         DataError: the cache is not whole, or has no such feature.
     """
     cache = FeatureCache(folder)
-    sample, method = cache.sample(), _method_of(job)
+    sample = cache.sample()
     boxes_N4 = np.zeros((len(sample.objects), 4))
     for rows, tokens_BHWD in cache.features((job.backbone.feature, job.backbone.block)):
-        found = method.localize(tokens_BHWD)
+        found = localize(tokens_BHWD, **dict(job.localization))
         boxes_B4 = in_original_pixels(
             found.boxes_B4.numpy(), sample.stride, sample.seen_N2[rows], sample.sizes_N2[rows]
         )
@@ -134,16 +135,6 @@ def measured(folder: Location, job: LabelJob) -> dict[str, float]:
     best_N = best_ious(as_boxes(boxes_N4.astype(np.float32)), sample.objects)
     best_N = np.concatenate([best_N, np.zeros(sample.num_missing)])
     return {"corloc": corloc(best_N), "mean_best_iou": float(best_N.mean())}
-
-
-def _method_of(job: LabelJob) -> Method:
-    """As label_images.py has it."""
-    return Method(
-        **job.localization.model_dump(),
-        normalize=job.backbone.normalize,
-        precision=job.compute.precision,
-        batch_size=job.compute.batch_size,
-    )
 
 
 def _annotated(
@@ -182,15 +173,8 @@ def _key(wanted: Wanted, weights: Weights, uris: list[str]) -> dict[str, Any]:
 
 def _decoded(job: LabelJob, blocks: Sequence[pa.Table]) -> Iterator[tuple[pa.Table, list[Any]]]:
     """Each block's rows and their pixels."""
-    images = job.decode
     for block in blocks:
-        decoded = load_pixels(
-            block,
-            min_side=images.min_side,
-            max_side=images.max_side,
-            max_pixels=images.max_pixels,
-            background=images.background,
-        )
+        decoded = load_pixels(block, **dict(job.decode))
         yield decoded, decoded_images(decoded)
 
 
@@ -224,18 +208,22 @@ def _forward(
     place: tuple[int, int],
 ) -> list[FeatureBatch]:
     """Write a block's features; its batches are those that label_images.py makes of it."""
-    (number, first), method = place, _method_of(wanted.job)
+    (number, first), job = place, wanted.job
     labeller = PseudoBoxLabeller(
-        many.backbone, method, Provenance("", "", ""), device=wanted.device
+        many.backbone,
+        job.localization,
+        Provenance("", "", ""),
+        forward=ForwardPass(batch_size=job.compute.batch_size),
+        device=wanted.device,
     )
-    mean, std = NORMALIZATIONS[method.normalize]
+    mean, std = NORMALIZATIONS[job.backbone.normalize]
     found: dict[Source, dict[str, torch.Tensor]] = {one: {} for one in wanted.sources}
     batches: list[FeatureBatch] = []
     for rows in labeller.batches(images):
         name = f"{len(batches):04d}"
         pixels = [image for row in rows if (image := images[row]) is not None]
         batch = normalize_and_pad(pixels, multiple=labeller.backbone.patch_size, mean=mean, std=std)
-        with in_precision(method.precision, wanted.device):
+        with in_precision(job.compute.precision, wanted.device):
             for source, tokens_BHWD in many(batch.to(wanted.device)).items():
                 found[source][name] = tokens_BHWD.cpu()
         batches.append(FeatureBatch([first + row for row in rows], f"{number:05d}", name))

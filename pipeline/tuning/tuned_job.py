@@ -21,9 +21,9 @@ from pipeline.config import pretraining as dino_config
 from pipeline.config.presets import merged
 from pipeline.config.settings import Settings
 from pipeline.config.tuning import TuneJob
+from pipeline.data.places import absolute_places
 from pipeline.errors import ConfigError, one_line
 from pipeline.runs.life import TrainHere
-from pipeline.runs.places import absolute_places
 from pipeline.tuning.space import OWN, Space, Values
 
 Tree = dict[str, Any]

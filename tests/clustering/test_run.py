@@ -26,7 +26,7 @@ from pipeline.data.pseudo_labels import (
 )
 from pipeline.detection.setup import set_up
 from pipeline.errors import PatchseedError
-from pipeline.evaluation.evaluate_boxes import evaluate
+from pipeline.evaluation.evaluate_boxes import evaluate_boxes
 from pipeline.storage import Location
 from pipeline.training.workers import Workers
 from tests.clustering.coloured import (
@@ -276,7 +276,8 @@ def test_a_detector_is_set_up_with_as_many_classes_and_clusters_meet_the_truth(
         "categories": [{"id": i, "name": name} for i, name in enumerate(COLOURS, start=1)],
     }
     (tmp_path / "truth.json").write_text(json.dumps(truth))
-    measured = evaluate(EvaluateJob(labels=str(classes), ground_truth=str(tmp_path / "truth.json")))
+    asked = EvaluateJob(labels=str(classes), ground_truth=str(tmp_path / "truth.json"))
+    measured = evaluate_boxes(asked)
     found = measured["detection"]["classes"]
     assert found["mean_ap50"] == 100
     assert sorted(found["cluster_of"].values()) == [1, 2, 3]

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.config.labelling import Difficult
 from pipeline.evaluation.average_precision import (
-    Difficult,
     Matches,
     ap50_interval,
     average_precision,

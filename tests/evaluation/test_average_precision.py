@@ -13,10 +13,10 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from pipeline.boxes import as_boxes, xyxy_to_xywh
+from pipeline.config.labelling import Difficult
 from pipeline.data.ground_truth import GroundTruth, read_coco
 from pipeline.evaluation.average_precision import (
     STATS,
-    Difficult,
     average_precision,
     equally_sure,
     recall_by_num_objects,

@@ -16,7 +16,7 @@ from pipeline.evaluation.corloc import (
     interval_95,
     resampled_rates,
 )
-from pipeline.evaluation.one_box import Evaluation, evaluate_boxes
+from pipeline.evaluation.one_box import Evaluation, measure_labels
 
 BOX = st.tuples(*[st.integers(0, 12)] * 4).map(list)
 
@@ -146,7 +146,7 @@ def test_interval_of_unanimous_images_has_no_width(hit: bool, rate: float) -> No
 
 
 def measure_lost(shared: Path, *, ignore_difficult: bool = False) -> Evaluation:
-    return evaluate_boxes(
+    return measure_labels(
         str(shared / "golden" / "lost_voc07_predictions.json"),
         str(shared / "golden" / "voc07_trainval_gt.json"),
         ignore_difficult=ignore_difficult,

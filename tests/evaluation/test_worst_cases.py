@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipeline.evaluation.average_precision import average_precision
-from pipeline.evaluation.evaluate_detections import (
+from pipeline.evaluation.all_boxes import (
     DetectionEvaluation,
     DetectionOptions,
-    evaluate_detections,
+    measure_all_boxes,
 )
+from pipeline.evaluation.average_precision import average_precision
 from pipeline.evaluation.predictions import Detections, Prediction
 from pipeline.evaluation.worst_cases import (
     FALSE,
@@ -44,7 +44,7 @@ def test_false_boxes_come_by_their_score_once_per_image() -> None:
 def evaluation_of(path: Path, boxes: Detections) -> DetectionEvaluation:
     Image.new("RGB", (100, 100), (40, 40, 120)).save(path)
     prediction = Prediction(str(path), None, detections=boxes)
-    return evaluate_detections(
+    return measure_all_boxes(
         [truth([A, B])], [prediction], DetectionOptions(), num_resamples=100, seed=0
     )
 

@@ -13,14 +13,14 @@ import timm
 from PIL import Image
 from safetensors.torch import save_file
 
-from pipeline.config import BackboneConfig, DrawJob, LabelJob
+from pipeline.config import BackboneConfig, DrawJob, LabelJob, LocalizationConfig
 from pipeline.data.pixels import load_pixels, pixels_of_row
 from pipeline.data.pseudo_labels import config_hash, read_labels, read_manifest
 from pipeline.drawing.images import METHOD_COLOURS, THUMBNAIL
 from pipeline.errors import ConfigError, DataError, StorageError, WeightsError
 from pipeline.gallery.gallery import SHEET_NAME, draw_gallery, safe_name, sheet_of_boxes
 from pipeline.gallery.maps import load_map_drawer
-from pipeline.labelling.labeller import Method, Provenance, PseudoBoxLabeller
+from pipeline.labelling.labeller import Provenance, PseudoBoxLabeller
 from pipeline.models.backbones import build_backbone, load_weights
 from pipeline.storage import Location
 from tests.tables import Row, write_table
@@ -76,7 +76,9 @@ def label(uris: Sequence[str], tiny_weights: Path) -> tuple[pa.Table, str]:
         inputs, min_side=16, max_side=LARGEST_SIDE, max_pixels=10**6, background=(0, 0, 0)
     )
     backbone = build_backbone(NAME, weights, feature="value", block=2)
-    labeller = PseudoBoxLabeller(backbone, Method(), Provenance("r1", "c1", weights.sha256))
+    labeller = PseudoBoxLabeller(
+        backbone, LocalizationConfig(), Provenance("r1", "c1", weights.sha256)
+    )
     return labeller(pixels), weights.sha256
 
 

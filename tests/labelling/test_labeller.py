@@ -10,9 +10,15 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipeline.config import LocalizationConfig
 from pipeline.data.pixels import load_pixels
 from pipeline.data.pseudo_labels import SCHEMA
-from pipeline.labelling.labeller import NOTHING_FOUND, Method, Provenance, PseudoBoxLabeller
+from pipeline.labelling.labeller import (
+    NOTHING_FOUND,
+    ForwardPass,
+    Provenance,
+    PseudoBoxLabeller,
+)
 from pipeline.models.backbones import build_backbone, load_weights
 from pipeline.models.features import FeatureExtractor, PatchFeatures
 
@@ -75,8 +81,13 @@ def decoded(uris: list[str], **changes: int) -> pa.Table:
     return load_pixels(inputs, **{**DECODE, **changes})
 
 
-def labeller(backbone: FeatureExtractor, **method: Any) -> PseudoBoxLabeller:
-    return PseudoBoxLabeller(backbone, Method(normalize="half", **method), PROVENANCE)
+def labeller(
+    backbone: FeatureExtractor, *, batch_size: int | None = None, **localization: Any
+) -> PseudoBoxLabeller:
+    forward = ForwardPass("half", batch_size=batch_size)
+    return PseudoBoxLabeller(
+        backbone, LocalizationConfig(**localization), PROVENANCE, forward=forward
+    )
 
 
 def test_the_box_is_in_pixels_of_the_image(tmp_path: Path) -> None:

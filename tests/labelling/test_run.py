@@ -36,10 +36,10 @@ def finish(run: LabelRun, number: int = 0) -> Manifest:
     return run.commit(number, weights_sha256="w", job={}, versions={}, tracking={})
 
 
-def label_all(sweep: LabelPass, status: str = "ok") -> None:
-    for block in range(len(sweep.sizes())):
-        if block not in sweep.finished_blocks():
-            sweep.commit_block(block, rows_for(sweep.inputs_of(block), status))
+def label_all(label_pass: LabelPass, status: str = "ok") -> None:
+    for block in range(len(label_pass.sizes())):
+        if block not in label_pass.finished_blocks():
+            label_pass.commit_block(block, rows_for(label_pass.inputs_of(block), status))
 
 
 @pytest.fixture
@@ -53,10 +53,10 @@ def run(output: Location) -> LabelRun:
 
 
 @pytest.fixture
-def sweep(run: LabelRun) -> LabelPass:
-    sweep = run.open_pass(0)
-    sweep.freeze_inputs(iter([inputs(10)]), block_size=4)
-    return sweep
+def label_pass(run: LabelRun) -> LabelPass:
+    label_pass = run.open_pass(0)
+    label_pass.freeze_inputs(iter([inputs(10)]), block_size=4)
+    return label_pass
 
 
 def chunked(table: pa.Table, size: int) -> Iterator[pa.Table]:
@@ -65,10 +65,10 @@ def chunked(table: pa.Table, size: int) -> Iterator[pa.Table]:
 
 @pytest.mark.parametrize("chunk", [1, 3, 4, 7, 100])
 def test_blocks_have_the_asked_size_however_the_listing_arrives(run: LabelRun, chunk: int) -> None:
-    sweep = run.open_pass(0)
-    sweep.freeze_inputs(chunked(inputs(10), chunk), block_size=4)
-    assert sweep.sizes() == [4, 4, 2]
-    listed = pa.concat_tables([sweep.inputs_of(block) for block in range(3)])
+    label_pass = run.open_pass(0)
+    label_pass.freeze_inputs(chunked(inputs(10), chunk), block_size=4)
+    assert label_pass.sizes() == [4, 4, 2]
+    listed = pa.concat_tables([label_pass.inputs_of(block) for block in range(3)])
     assert listed.to_pylist() == inputs(10).to_pylist()
 
 
@@ -77,31 +77,31 @@ def test_a_listing_that_dies_leaves_no_list(run: LabelRun) -> None:
         yield inputs(10)
         raise KeyboardInterrupt
 
-    sweep = run.open_pass(0)
+    label_pass = run.open_pass(0)
     with pytest.raises(KeyboardInterrupt):
-        sweep.freeze_inputs(dying(), block_size=4)
-    assert not sweep.is_listed
+        label_pass.freeze_inputs(dying(), block_size=4)
+    assert not label_pass.is_listed
 
 
-def test_a_block_committed_twice_is_there_once(run: LabelRun, sweep: LabelPass) -> None:
-    label_all(sweep)
-    sweep.commit_block(1, rows_for(sweep.inputs_of(1)))
+def test_a_block_committed_twice_is_there_once(run: LabelRun, label_pass: LabelPass) -> None:
+    label_all(label_pass)
+    label_pass.commit_block(1, rows_for(label_pass.inputs_of(1)))
     manifest = finish(run)
     assert manifest.rows == 10
     assert manifest.counts == {"ok": 10}
 
 
 def test_the_table_holds_exactly_the_inputs_sorted(
-    run: LabelRun, sweep: LabelPass, output: Location
+    run: LabelRun, label_pass: LabelPass, output: Location
 ) -> None:
-    label_all(sweep)
+    label_all(label_pass)
     finish(run)
     assert read_labels(output)["image_id"].to_pylist() == inputs(10)["image_id"].to_pylist()
     assert output.child("_run").names() == ["run.json"]
 
 
-def test_a_missing_block_is_not_committed_over(run: LabelRun, sweep: LabelPass) -> None:
-    sweep.commit_block(0, rows_for(sweep.inputs_of(0)))
+def test_a_missing_block_is_not_committed_over(run: LabelRun, label_pass: LabelPass) -> None:
+    label_pass.commit_block(0, rows_for(label_pass.inputs_of(0)))
     with pytest.raises(StorageError, match="--resume"):
         finish(run)
     assert not run.is_finished
@@ -109,27 +109,29 @@ def test_a_missing_block_is_not_committed_over(run: LabelRun, sweep: LabelPass) 
 
 @pytest.mark.parametrize("damage", [b"", b"PAR1 and then nothing"])
 def test_a_damaged_block_is_thrown_away_and_told(
-    run: LabelRun, sweep: LabelPass, damage: bytes
+    run: LabelRun, label_pass: LabelPass, damage: bytes
 ) -> None:
-    label_all(sweep)
-    place = sweep.folder.child("blocks").child("block-00000001.parquet")
+    label_all(label_pass)
+    place = label_pass.folder.child("blocks").child("block-00000001.parquet")
     place.write_bytes(damage)
     with pytest.raises(StorageError, match=r"was damaged .* --resume"):
         finish(run)
-    assert sweep.finished_blocks() == {0, 2}
-    label_all(sweep)
+    assert label_pass.finished_blocks() == {0, 2}
+    label_all(label_pass)
     assert finish(run).rows == 10
 
 
-def test_a_block_with_other_images_is_thrown_away(run: LabelRun, sweep: LabelPass) -> None:
-    label_all(sweep)
-    sweep.commit_block(1, rows_for(sweep.inputs_of(0)))
+def test_a_block_with_other_images_is_thrown_away(run: LabelRun, label_pass: LabelPass) -> None:
+    label_all(label_pass)
+    label_pass.commit_block(1, rows_for(label_pass.inputs_of(0)))
     with pytest.raises(StorageError, match="not those of its inputs"):
         finish(run)
 
 
-def test_resume_goes_on_with_the_blocks_that_are_left(sweep: LabelPass, output: Location) -> None:
-    sweep.commit_block(2, rows_for(sweep.inputs_of(2)))
+def test_resume_goes_on_with_the_blocks_that_are_left(
+    label_pass: LabelPass, output: Location
+) -> None:
+    label_pass.commit_block(2, rows_for(label_pass.inputs_of(2)))
     again = start(output, resume=True).open_pass(0)
     assert again.is_listed
     assert again.finished_blocks() == {2}
@@ -139,22 +141,24 @@ def test_resume_of_nothing_is_a_new_run(output: Location) -> None:
     assert not start(output, resume=True).open_pass(0).is_listed
 
 
-def test_an_unfinished_run_is_refused_without_a_flag(sweep: LabelPass, output: Location) -> None:
+def test_an_unfinished_run_is_refused_without_a_flag(
+    label_pass: LabelPass, output: Location
+) -> None:
     with pytest.raises(StorageError, match="unfinished run: add --resume"):
         start(output)
 
 
 def test_a_finished_run_is_refused_without_a_flag(
-    run: LabelRun, sweep: LabelPass, output: Location
+    run: LabelRun, label_pass: LabelPass, output: Location
 ) -> None:
-    label_all(sweep)
+    label_all(label_pass)
     finish(run)
     with pytest.raises(StorageError, match="already holds a finished table"):
         start(output)
 
 
 def test_another_configuration_is_refused_with_the_keys_that_differ(
-    sweep: LabelPass, output: Location
+    label_pass: LabelPass, output: Location
 ) -> None:
     other = {**CONFIG, "localization.rule": "lost"}
     with pytest.raises(ConfigError, match="rule: 'solost' there, 'lost' now") as fault:
@@ -163,9 +167,9 @@ def test_another_configuration_is_refused_with_the_keys_that_differ(
 
 
 def test_overwrite_starts_anew_and_removes_the_old_table(
-    run: LabelRun, sweep: LabelPass, output: Location
+    run: LabelRun, label_pass: LabelPass, output: Location
 ) -> None:
-    label_all(sweep)
+    label_all(label_pass)
     finish(run)
     anew = start(output, overwrite=True)
     assert anew.run_id != run.run_id
@@ -183,9 +187,9 @@ def test_files_of_others_are_refused_and_never_deleted(
 
 
 def test_overwrite_deletes_nothing_where_somebody_else_put_a_file(
-    run: LabelRun, sweep: LabelPass, output: Location
+    run: LabelRun, label_pass: LabelPass, output: Location
 ) -> None:
-    label_all(sweep)
+    label_all(label_pass)
     finish(run)
     output.child("thesis.docx").write_bytes(b"years of work")
     with pytest.raises(StorageError, match="nothing was deleted"):
@@ -193,11 +197,11 @@ def test_overwrite_deletes_nothing_where_somebody_else_put_a_file(
     assert read_labels(output).num_rows == 10
 
 
-def test_rows_older_than_a_column_survive_a_later_sweep(
-    run: LabelRun, sweep: LabelPass, output: Location, monkeypatch: pytest.MonkeyPatch
+def test_rows_older_than_a_column_survive_a_later_pass(
+    run: LabelRun, label_pass: LabelPass, output: Location, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     older = pa.schema([field for field in SCHEMA if field.name != "num_frames"])
-    label_all(sweep, "error_read")
+    label_all(label_pass, "error_read")
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.data.pseudo_labels.SCHEMA", older)
         patch.setattr(
@@ -211,9 +215,11 @@ def test_rows_older_than_a_column_survive_a_later_sweep(
     assert read_labels(output).schema.names == SCHEMA.names
 
 
-def test_what_the_listing_met_is_kept_through_later_sweeps(run: LabelRun, sweep: LabelPass) -> None:
-    sweep.note_listing({"ignored_by_extension": {".txt": 3}})
-    label_all(sweep, "error_read")
+def test_what_the_listing_met_is_kept_through_later_passs(
+    run: LabelRun, label_pass: LabelPass
+) -> None:
+    label_pass.note_listing({"ignored_by_extension": {".txt": 3}})
+    label_all(label_pass, "error_read")
     assert finish(run).collection == {"ignored_by_extension": {".txt": 3}}
     again = run.open_pass(1)
     again.freeze_inputs(run.failed_inputs(), block_size=4)
@@ -226,11 +232,11 @@ def test_an_abandoned_run_frees_the_output(run: LabelRun, output: Location) -> N
     start(output)
 
 
-def test_a_later_sweep_supersedes_the_rows_it_labelled_again(
-    run: LabelRun, sweep: LabelPass, output: Location
+def test_a_later_pass_supersedes_the_rows_it_labelled_again(
+    run: LabelRun, label_pass: LabelPass, output: Location
 ) -> None:
     for block, status in enumerate(["ok", "error_read", "ok"]):
-        sweep.commit_block(block, rows_for(sweep.inputs_of(block), status))
+        label_pass.commit_block(block, rows_for(label_pass.inputs_of(block), status))
     first = finish(run)
     again = run.open_pass(run.passes_committed())
     again.freeze_inputs(run.failed_inputs(), block_size=3)
@@ -244,9 +250,9 @@ def test_a_later_sweep_supersedes_the_rows_it_labelled_again(
 
 
 def test_a_crash_before_the_new_manifest_leaves_the_old_table_readable(
-    run: LabelRun, sweep: LabelPass, output: Location, monkeypatch: pytest.MonkeyPatch
+    run: LabelRun, label_pass: LabelPass, output: Location, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    label_all(sweep, "error_read")
+    label_all(label_pass, "error_read")
     finish(run)
     again = run.open_pass(1)
     again.freeze_inputs(run.failed_inputs(), block_size=3)
@@ -264,9 +270,9 @@ def test_a_crash_before_the_new_manifest_leaves_the_old_table_readable(
 
 
 def test_a_crash_after_the_manifest_leaves_only_litter_that_tidy_removes(
-    run: LabelRun, sweep: LabelPass, output: Location, monkeypatch: pytest.MonkeyPatch
+    run: LabelRun, label_pass: LabelPass, output: Location, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    label_all(sweep)
+    label_all(label_pass)
     with monkeypatch.context() as patch:
         patch.setattr(LabelRun, "tidy", lambda self: None)
         finish(run)
@@ -279,10 +285,10 @@ def test_a_crash_after_the_manifest_leaves_only_litter_that_tidy_removes(
 
 
 def test_tables_are_split_into_files_of_bounded_size(
-    run: LabelRun, sweep: LabelPass, output: Location, monkeypatch: pytest.MonkeyPatch
+    run: LabelRun, label_pass: LabelPass, output: Location, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.labelling.run.ROWS_PER_FILE", 5)
-    label_all(sweep)
+    label_all(label_pass)
     manifest = finish(run)
     assert [file.rows for file in manifest.files] == [8, 2]
     assert read_labels(output).num_rows == 10

@@ -1,5 +1,6 @@
 """The batched localization keeps its promises, with and without the golden data."""
 
+import inspect
 import math
 from typing import Any
 
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pipeline.config import LocalizationConfig
 from pipeline.localization.affinity import compare, count_similar
 from pipeline.localization.localize import Localization, localize
 from tests.localization.slow_localize import slow_localize
@@ -190,13 +192,19 @@ def test_an_empty_batch_gives_an_empty_result() -> None:
         ({"keep_fraction": 1.5}, r"keep_fraction must be in \(0, 1\], got 1.5"),
         ({"num_candidates": 0}, "num_candidates must be at least 1, got 0"),
         ({"affinity_memory_mib": 0}, "affinity_memory_mib must be at least 1"),
-        ({"similarity": "l2"}, "similarity must be cosine, dot or pearson, got 'l2'"),
-        ({"rule": "most"}, "rule must be lost or solost, got 'most'"),
+        ({"similarity": "l2"}, "similarity must be one of cosine, dot, pearson, got 'l2'"),
+        ({"rule": "most"}, "rule must be one of solost, lost, got 'most'"),
     ],
 )
 def test_an_argument_outside_its_range_is_named(arguments: Any, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         localize(torch.ones(1, 2, 2, 3), **arguments)
+
+
+def test_the_knobs_are_those_of_the_configuration_with_the_same_defaults() -> None:
+    """Whoever takes the group hands it on whole: ``localize(features, **dict(settings))``."""
+    _, *knobs = inspect.signature(localize).parameters.values()
+    assert {knob.name: knob.default for knob in knobs} == dict(LocalizationConfig())
 
 
 def test_features_of_the_wrong_shape_are_named() -> None:

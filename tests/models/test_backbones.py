@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError, WeightsError
-from pipeline.models.backbones import Weights, build_backbone, load_weights
+from pipeline.models.backbones import build_backbone, load_weights
+from pipeline.models.checkpoints import Weights
 from pipeline.models.dino_vit import ViTFeatures
 from pipeline.models.feature_maps import ConvFeatures
 from pipeline.models.features import PatchFeatures

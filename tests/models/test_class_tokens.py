@@ -9,7 +9,8 @@ import timm
 import torch
 
 from pipeline.errors import ConfigError
-from pipeline.models.backbones import Weights, build_class_tokens
+from pipeline.models.backbones import build_class_tokens
+from pipeline.models.checkpoints import Weights
 from pipeline.models.dino_vit import ClassTokens, interpolate_positions
 from pipeline.models.exported_backbone import network_of_checkpoint
 

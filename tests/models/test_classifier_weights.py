@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from pipeline.errors import ConfigError, WeightsError
 from pipeline.models import model_options
-from pipeline.models.backbones import Weights, build_model, load_classifier_weights
+from pipeline.models.backbones import build_model, load_classifier_weights
+from pipeline.models.checkpoints import Weights
 from pipeline.models.t2t_vit import PUBLISHED_SCALE, T2tVit
 
 SWIN = "swin_tiny_patch4_window7_224"

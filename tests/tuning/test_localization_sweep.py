@@ -13,8 +13,8 @@ from pipeline.config import LabelJob
 from pipeline.data.lake import Collection
 from pipeline.data.pixels import load_pixels
 from pipeline.errors import DataError, StorageError
-from pipeline.evaluation.one_box import evaluate_boxes
-from pipeline.labelling.labeller import Method, Provenance, PseudoBoxLabeller
+from pipeline.evaluation.one_box import measure_labels
+from pipeline.labelling.labeller import ForwardPass, Provenance, PseudoBoxLabeller
 from pipeline.models.backbones import build_backbone, load_weights
 from pipeline.scenes.scenes import write_collection
 from pipeline.storage import Location
@@ -80,8 +80,10 @@ def labelled_and_evaluated(scenes: Path, job: LabelJob, folder: Path) -> Any:
     network = build_backbone(
         NANO, load_weights(NANO, None), feature=job.backbone.feature, block=job.backbone.block
     )
-    method = Method(**job.localization.model_dump(), batch_size=job.compute.batch_size)
-    labeller = PseudoBoxLabeller(network, method, Provenance("r", "c", "w"))
+    forward = ForwardPass(batch_size=job.compute.batch_size)
+    labeller = PseudoBoxLabeller(
+        network, job.localization, Provenance("r", "c", "w"), forward=forward
+    )
     inputs = pa.concat_tables(list(Collection(job.images).chunks()))
     size = job.compute.block_size
     parts = [
@@ -89,7 +91,7 @@ def labelled_and_evaluated(scenes: Path, job: LabelJob, folder: Path) -> Any:
         for start in range(0, inputs.num_rows, size)
     ]
     write_table(folder, *parts)
-    return evaluate_boxes(
+    return measure_labels(
         str(folder),
         str(scenes / "instances.json"),
         ignore_difficult=False,

@@ -9,25 +9,27 @@ from collections.abc import Container, Iterator
 from operator import attrgetter
 from typing import Any, TypeVar
 
-from pipeline.config.settings import Place, Settings
-from pipeline.config.settings import TrainingJob
+from pipeline.config.settings import Place, Settings, TrackedSettings
 from pipeline.data.labelled_folders import is_archive
 from pipeline.data.lake import Collection
 from pipeline.storage import Location
 from pipeline.tracking.tracker import absolute_tracking_uri
 
-_Job = TypeVar("_Job", bound=TrainingJob)
 _Group = TypeVar("_Group", bound=Settings)
 
 
-def with_absolute_places(job: _Job) -> _Job:
-    """The job as workers in other folders, and on other machines, understand it.
+def with_absolute_places(job: _Group) -> _Group:
+    """The job as it can be repeated from any folder, and as workers on other machines read it.
+
+    Args:
+        job: One with an ``output``.
 
     Raises:
         ConfigError: a place is not one we read or write.
     """
-    output = str(Location.parse(job.output))
-    changed = {"output": output, "tracking_uri": absolute_tracking_uri(job.tracking_uri)}
+    changed = {"output": str(Location.parse(attrgetter("output")(job)))}
+    if isinstance(job, TrackedSettings):
+        changed["tracking_uri"] = absolute_tracking_uri(job.tracking_uri)
     for name, value in (changed | absolute_places(job)).items():
         job = _with(job, name, value)
     return job

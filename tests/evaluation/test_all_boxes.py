@@ -12,16 +12,16 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from pipeline.data.ground_truth import GroundTruth
-from pipeline.evaluation.ap_report import detection_json, precision_recall_png
-from pipeline.evaluation.evaluate_detections import (
+from pipeline.evaluation.all_boxes import (
     KNOWN_SETS,
     DetectionEvaluation,
     DetectionOptions,
     coco_results,
     count_boxes,
-    evaluate_detections,
     image_ids,
+    measure_all_boxes,
 )
+from pipeline.evaluation.ap_report import detection_json, precision_recall_png
 from pipeline.evaluation.predictions import Detections, Prediction
 from tests.evaluation.annotated import found, truth
 
@@ -32,7 +32,7 @@ def measure(
     truths: list[GroundTruth], boxes: list[Detections | None], **options: Any
 ) -> DetectionEvaluation:
     predictions = [None if one is None else Prediction("x", None, detections=one) for one in boxes]
-    return evaluate_detections(
+    return measure_all_boxes(
         truths, predictions, DetectionOptions(**options), num_resamples=100, seed=0
     )
 

@@ -1,14 +1,23 @@
 """What a job reads: made absolute, and looked for before anything else is begun."""
 
 import tarfile
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
 
-from pipeline.config import LabelJob, PretrainDinoJob, TrainClassifierJob, TrainDetectorJob
+from pipeline.config import (
+    ClusterJob,
+    DetectJob,
+    LabelJob,
+    PretrainDinoJob,
+    TrainClassifierJob,
+    TrainDetectorJob,
+)
 from pipeline.config.settings import Settings
+from pipeline.data.places import absolute_places, require_places, with_absolute_places
 from pipeline.errors import ConfigError, DataError
-from pipeline.runs.places import absolute_places, require_places, with_absolute_places
+from pipeline.storage import Location
 
 
 @pytest.fixture
@@ -42,6 +51,24 @@ def test_everything_a_run_reads_and_writes_becomes_absolute(here: Path) -> None:
     assert changed.model_dump(exclude=kept) == job.model_dump(exclude=kept)
 
 
+@pytest.mark.parametrize(
+    "job",
+    [
+        LabelJob(images="photos/*.jpg", output="out", backbone={"checkpoint": "weights.pth"}),
+        DetectJob(images="photos", detector="labels", output="out"),
+        DetectJob(labels="labels", detector="~/labels", output="file:///out"),
+        ClusterJob(labels="labels", output="out", backbone={"checkpoint": "weights.pth"}),
+    ],
+)
+def test_so_does_all_that_a_job_over_images_or_boxes_names(here: Path, job: Settings) -> None:
+    changed = with_absolute_places(job)
+    for name in [*job.places, "output"]:
+        given, now = attrgetter(name)(job), attrgetter(name)(changed)
+        assert now == (given if given is None else str(Location.parse(given)))
+        assert now is None or now.startswith("/")
+    assert with_absolute_places(changed) == changed
+
+
 def test_published_weights_keep_their_name_unless_a_file_has_it(here: Path) -> None:
     job = dino("photos", init="vit_small_patch16_224.dino")
     assert absolute_places(job)["init"] == "vit_small_patch16_224.dino"
@@ -53,7 +80,10 @@ def test_places_that_were_not_given_are_none_of_ours(here: Path) -> None:
     assert set(absolute_places(dino("photos"))) == {"images"}
 
 
-@pytest.mark.parametrize("job", [LabelJob, PretrainDinoJob, TrainClassifierJob, TrainDetectorJob])
+@pytest.mark.parametrize(
+    "job",
+    [ClusterJob, DetectJob, LabelJob, PretrainDinoJob, TrainClassifierJob, TrainDetectorJob],
+)
 def test_every_listed_place_is_a_setting(job: type[Settings]) -> None:
     assert job.places
     for name in job.places:

@@ -10,15 +10,15 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from pipeline.config.labelling import Difficult, Scores
 from pipeline.data.ground_truth import GroundTruth
 from pipeline.evaluation.average_precision import (
     MAX_BOXES,
     AveragePrecision,
-    Difficult,
     RecallGroup,
     ap50_interval,
     average_precision,
@@ -27,8 +27,6 @@ from pipeline.evaluation.average_precision import (
 )
 from pipeline.evaluation.class_matching import ClassMatching, match_classes
 from pipeline.evaluation.predictions import Detections, Prediction, detections
-
-Scores = Literal["table", "equal"]
 
 KNOWN_SETS = {
     5011: ("VOC2007 trainval", 12_608),
@@ -103,7 +101,7 @@ class DetectionEvaluation:
     names: tuple[str | None, ...]
 
 
-def evaluate_detections(
+def measure_all_boxes(
     truths: Sequence[GroundTruth],
     predictions: Sequence[Prediction | None],
     options: DetectionOptions,
