@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 from tests.jobs.conftest import run_script
 
 METRIC = "test/accuracy_selected"
-run = partial(run_script, ROOT / "jobs" / "comparison/compare_runs.py", COLUMNS="80")
+run = partial(run_script, ROOT / "jobs" / "compare_runs.py", COLUMNS="80")
 
 
 def summary(seed: int, weight: float, value: float, finished: bool = True) -> dict[str, Any]:
