@@ -36,8 +36,7 @@ from pipeline.tuning.feature_cache import FeatureCache
 from pipeline.tuning.localization_sweep import Wanted, fill, measured
 from pipeline.tuning.run_trial import TrialTask
 from pipeline.tuning.space import space_of
-from pipeline.tuning.sweep import Sweep, run_here
-from pipeline.tuning.sweep_tracking import SweepTracking
+from pipeline.tuning.sweep import Sweep, SweepTracking, run_here
 from pipeline.tuning.trials import SweepFolder
 
 NOTHING = """

@@ -28,15 +28,6 @@ SPACE = {
     "detector.roi_batch": tune.choice([64, 128, 256, 512]),
 }
 
-# What `--scheduler pbt` may change while a run trains; data.min_score would change its images.
-MUTABLE = (
-    "optim.lr",
-    "detector.droploss",
-    "detector.weight_by_score",
-    "detector.nms",
-    "detector.roi_batch",
-)
-
 # CutLER's own switch, and LOST's training without it.
 DROPLOSS = {"detector.droploss": [None, 0.01]}
 GRID = [DROPLOSS]

@@ -30,15 +30,6 @@ SPACE = {
     "dino.out_dim": tune.choice([1024, 4096, 16384, 65536]),
 }
 
-# What `--scheduler pbt` may change while a run trains. Of local views more always win, and cost.
-MUTABLE = (
-    "optim.lr",
-    "dino.teacher_temp",
-    "dino.teacher_momentum",
-    "dino.center_momentum",
-    "optim.weight_decay_end",
-)
-
 # The paper's Table 8 weighs accuracy against time with 2, 6 and 10 local views.
 LOCAL_VIEWS = {"crops.num_local": [2, 6, 10]}
 GRID = [LOCAL_VIEWS]

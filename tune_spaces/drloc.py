@@ -31,10 +31,6 @@ SPACE = {
     "drloc.pooling": tune.choice(["none", "mean_2x2", "overlap_3x3"]),
 }
 
-# What `--scheduler pbt` may change while a run trains: others are the MLP's shape, and the unit of
-# what it has learnt.
-MUTABLE = ("drloc.weight", "drloc.num_pairs")
-
 # Classification counts cells: its targets have no unit.
 CONDITIONS = {"drloc.normalize": ("drloc.mode", "l1")}
 

@@ -433,4 +433,5 @@ def _loop_settings(job: TrainClassifierJob, steps_per_epoch: int) -> LoopSetting
         clip=chosen.clip,
         precision=job.precision,
         gradient_norm_steps=job.gradient_norm_steps,
+        detect_anomaly=job.detect_anomaly,
     )

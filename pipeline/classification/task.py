@@ -112,17 +112,24 @@ class SupervisedTask:
         )
         if self.channels_last:
             images_B3HW = images_B3HW.contiguous(memory_format=torch.channels_last)
-        cut = range(min(self.accumulate, len(images_B3HW)))
+        num_parts = min(self.accumulate, len(images_B3HW))
         of_each = zip(
-            images_B3HW.tensor_split(len(cut)),
-            targets_BK.tensor_split(len(cut)),
-            *(pairs_BM22.tensor_split(len(cut)) for pairs_BM22 in self._pairs(batch, key)),
+            images_B3HW.tensor_split(num_parts),
+            targets_BK.tensor_split(num_parts),
+            *(pairs_BM22.tensor_split(num_parts) for pairs_BM22 in self._pairs(batch, key)),
             strict=True,
         )
-        return [
-            Part(ClassInputs(images, targets, tuple(pairs)), len(images), batch.num_global)
-            for images, targets, *pairs in of_each
-        ]
+        parts, end = [], 0
+        for images, targets, *pairs in of_each:
+            inputs, start, end = ClassInputs(images, targets, tuple(pairs)), end, end + len(images)
+            names = self._names(batch, start, end)
+            parts.append(Part(inputs, len(images), batch.num_global, names))
+        return parts
+
+    def _names(self, batch: Batch, start: int, end: int) -> Sequence[str]:
+        """Of the images, and of the neighbours that are mixed into them from other parts."""
+        together = 2 if self.mixing.mixup or self.mixing.cutmix else 1
+        return batch.names[start - start % together : end + end % together]
 
     def _pairs(self, batch: Batch, key: StepKey) -> tuple[Tensor, ...]:
         if self.objective.drloc is None:

@@ -16,12 +16,10 @@ from pipeline.storage import Location
 from pipeline.tracking.tracker import absolute_tracking_uri
 from pipeline.tuning.feature_cache import FeatureCache
 from pipeline.tuning.localization_sweep import Wanted, fill, sources_of
-from pipeline.tuning.population import population_of
 from pipeline.tuning.results import print_results, result_files
 from pipeline.tuning.run_trial import TrialTask
 from pipeline.tuning.space import Space, read_space
-from pipeline.tuning.sweep import Sweep, run_here
-from pipeline.tuning.sweep_tracking import open_tracking
+from pipeline.tuning.sweep import Sweep, open_tracking, run_here
 from pipeline.tuning.trials import SweepFolder, best_of, sweep_name
 from pipeline.tuning.tuned_job import Tree, base_of, best_yaml, settings_of
 
@@ -44,7 +42,6 @@ def tune(job: TuneJob) -> int:
         job, base = folder.settled(job, space)
         if base is None:
             base = base_of(job, space)
-        population_of(job, space, base)  # or it is refused
         folder.begin(job, space, base)
         say(f"sweep {place}")
         if folder.trials:
@@ -129,8 +126,8 @@ def _finish(sweep: Sweep) -> None:
         sweep.folder.place.child(name).write_bytes(content)
     print_results(space, trials, Console())
     best = best_of(space, trials)
-    counts = {f"trials/{name}": sum(one.status == name for one in trials)
-              for name in ("ok", "part", "stopped", "failed")}  # fmt: skip
+    statuses = ("ok", "stopped", "failed")
+    counts = {f"trials/{name}": sum(one.status == name for one in trials) for name in statuses}
     found = {} if best is None else {f"best/{space.metric}": best.metric or 0.0}
     sweep.tracking.sweep_ended({**counts, **found}, files)
     if best is None:
@@ -142,9 +139,4 @@ def _finish(sweep: Sweep) -> None:
     say(f"best     {sweep.folder.place.child('best.yaml')}")
     if command:
         say(f"use      {command}")
-    if best.segment is not None:
-        say(
-            f"trained  {sweep.folder.place.child('schedule.md')}: best.yaml has the values of the "
-            "last epochs alone, and does not repeat this run"
-        )
     say(f"all      {sweep.folder.place.child('table.md')}, trials.csv, pictures/")

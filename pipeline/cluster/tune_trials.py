@@ -26,7 +26,6 @@ from pipeline.errors import ClusterError, one_line
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.life import TrainHere
 from pipeline.tuning.run_trial import TrialOutcome, TrialTask, Watch, ended, run_trial
-from pipeline.tuning.segment import SegmentTask
 from pipeline.tuning.sweep import Sweep
 from pipeline.tuning.trials import Proposal
 from pipeline.tuning.tuned_job import num_epochs
@@ -138,8 +137,7 @@ def max_concurrent(sweep: Sweep) -> int:
 
 
 def _scheduler(sweep: Sweep) -> Any:
-    if sweep.job.scheduler != "asha":
-        # A population is ours (tuning/population.py): Tune sees one segment after the other.
+    if sweep.job.scheduler == "none":
         return None
     return ASHAScheduler(
         time_attr=_EPOCH,
@@ -155,16 +153,10 @@ def _trial(config: dict[str, Any], task: TrialTask) -> None:
     def report(epoch: int, metric: float) -> None:
         tune.report({_EPOCH: epoch, _METRIC: metric})
 
-    segment = config["segment"]
-    outcome = run_trial(
-        task,
-        config["values"],
-        report,
-        segment=None if segment is None else SegmentTask(**segment),
-        fit=_fit_with_workers if task.num_workers > 1 else None,
-    )
+    fit = _fit_with_workers if task.num_workers > 1 else None
+    outcome = run_trial(task, config["values"], report, fit)
     told: dict[str, Any] = {_EPOCH: outcome.epochs or 1, _OUTCOME: asdict(outcome)}
-    if outcome.status in ("ok", "part"):
+    if outcome.status == "ok":
         told[_METRIC] = outcome.metric
     tune.report(told)
 
@@ -211,12 +203,9 @@ class _Search(Searcher):  # type: ignore[misc]
     def suggest(self, trial_id: str) -> Any:
         proposed = self._recorder.guarded(self._sweep.next)
         if proposed is None:
-            # None has Tune ask again after its next event.
-            waits = self._recorder.fault is None and self._sweep.waits
-            return None if waits else Searcher.FINISHED
+            return Searcher.FINISHED
         self._recorder.running[trial_id] = (proposed, time.monotonic())
-        segment = self._sweep.segment_of(proposed)
-        return {"values": proposed.values, "segment": segment and asdict(segment)}
+        return {"values": proposed.values}
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
         """Nothing: the recorder is told, and the sweep's folder knows."""

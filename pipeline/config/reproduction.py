@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from pipeline.config.settings import Count, Positive, PositiveInt, Settings, TrackedSettings
+from pipeline.config.settings import Count, PositiveInt, Settings, TrackedSettings
 
 TableName = Literal[
     "drloc-2a",
@@ -99,11 +99,7 @@ class ReproduceJob(TrackedSettings):
     """Photos of each set at most, the first by name: to try the way. Reports say so."""
 
     dry_run: bool = False
-    """Tell runs, hours and disk, and start nothing."""
-
-    tflops: Positive | None = None
-    """Speed that --dry-run reckons with, in 1e12 operations a second; None is what one GPU (or one
-    core, at --scale small) was measured at."""
+    """Tell the runs, and their hours where another seed was measured; start nothing."""
 
     num_parallel: PositiveInt = 1
     """Runs at a time, each a process with one thread."""

@@ -110,6 +110,10 @@ class TrainingJob(TrackedSettings):
     gradient_norm_steps: Count = 100
     """Steps between measurements of each loss's gradient; 0 never."""
 
+    detect_anomaly: bool = False
+    """Slowly watch every gradient: a step that is not finite names its operation and images. For
+    the same command as before, whose run diverged."""
+
     progress_seconds: Positive = 5.0
     """Seconds between progress lines where the output is not a terminal."""
 

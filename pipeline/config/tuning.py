@@ -7,11 +7,11 @@ from pydantic import Field, model_validator
 from pipeline.config.settings import Count, PositiveInt, Seed, TrackedSettings
 
 Searcher = Literal["random", "grid", "tpe"]
+# pbt is one of them so that it can be refused with a reason.
 Scheduler = Literal["none", "asha", "pbt"]
 
 _OF_THE_SWEEP = ("base", "base_preset", "set", "labels_for", "ground_truth", "num_images",
-                 "search", "scheduler", "grace_epochs", "reduction_factor", "perturb_epochs",
-                 "seed")  # fmt: skip
+                 "search", "scheduler", "grace_epochs", "reduction_factor", "seed")  # fmt: skip
 
 
 class TuneJob(TrackedSettings):
@@ -53,22 +53,17 @@ class TuneJob(TrackedSettings):
     """random; grid, the space's GRID; or tpe (Optuna), which learns from earlier trials."""
 
     num_samples: PositiveInt | None = None
-    """Trials at most, or with --scheduler pbt members; None is 16 and, for a grid, all of its
-    points."""
+    """Trials at most; None is 16 and, for a grid, all of its points."""
 
     scheduler: Scheduler = "none"
-    """asha stops the trials that are behind after grace_epochs, and at multiples of it. pbt trains
-    a population: every perturb_epochs the last quarter goes on from copies of the first, with
-    knobs changed."""
+    """asha stops the trials that are behind after grace_epochs, and at multiples of it; pbt
+    is not offered any more."""
 
     grace_epochs: PositiveInt = 1
     """Epochs before the first trial may be stopped."""
 
     reduction_factor: Annotated[int, Field(ge=2)] = 3
     """asha: one in so many goes on at each halt."""
-
-    perturb_epochs: PositiveInt = 5
-    """pbt: epochs of each generation (of a detector: windows)."""
 
     max_concurrent: Count | None = None
     """Trials at a time; None is what the cluster has room for, 0 runs them one after another in
@@ -100,6 +95,11 @@ class TuneJob(TrackedSettings):
     def _settings_agree(self) -> "TuneJob":
         if (self.labels_for is None) != (self.ground_truth is None):
             raise ValueError("--labels-for and --ground-truth belong together: give both")
+        if self.scheduler == "pbt":
+            raise ValueError(
+                "--scheduler pbt, population based training, is not offered any more: asha stops "
+                "the trials that are behind, none trains all to their end"
+            )
         if self.scheduler == "asha" and self.max_concurrent == 0:
             raise ValueError(
                 "--scheduler asha compares trials that run beside each other: give "
@@ -114,21 +114,6 @@ class TuneJob(TrackedSettings):
             raise ValueError(
                 f"--trial-gpus must be 0 or 1 where trials have several workers, got "
                 f"{self.trial_gpus:g}: each worker trains on a GPU of its own"
-            )
-        if self.scheduler == "pbt" and self.trial_workers > 1:
-            raise ValueError(
-                f"--scheduler pbt trains each member in one process: --trial-workers must be 1, "
-                f"got {self.trial_workers}"
-            )
-        if self.scheduler == "pbt" and self.search != "random":
-            raise ValueError(
-                f"--scheduler pbt draws its first generation: --search must be random, got "
-                f"{self.search}"
-            )
-        if self.scheduler == "pbt" and self.num_samples is not None and self.num_samples < 2:
-            raise ValueError(
-                "--num-samples must be at least 2 with --scheduler pbt, and better 8 or more, got "
-                f"{self.num_samples}: it is the members of the population"
             )
         if self.resume and self.name:
             raise ValueError("--resume names the sweep: leave --name out")

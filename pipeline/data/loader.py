@@ -94,6 +94,7 @@ class Reading(NamedTuple):
     """An image (None: left out) and the files that could not be read on the way to it."""
 
     image: Image.Image | None
+    name: str
     faults: tuple[Fault, ...] = ()
 
 
@@ -108,14 +109,14 @@ def read_or_replace(images: LabelledImages, index: int) -> Reading:
     """
     first = _read(images, index)
     if not isinstance(first, Fault):
-        return Reading(first)
+        return Reading(first, images.name(index))
     label = int(images.labels[index])
     members = np.flatnonzero(images.labels == label)
     faults = [first]
     for other in np.roll(members, -1 - int(np.searchsorted(members, index)))[:-1]:
         found = _read(images, int(other))
         if not isinstance(found, Fault):
-            return Reading(found, tuple(faults))
+            return Reading(found, images.name(int(other)), tuple(faults))
         faults.append(found)
     complaint = f"({first.complaint}); mend the files"
     if len(members) == len(images):
@@ -132,7 +133,9 @@ def read_or_replace(images: LabelledImages, index: int) -> Reading:
 def read_or_skip(images: LabelledImages, index: int) -> Reading:
     """The image, or nothing in its place."""
     found = _read(images, index)
-    return Reading(None, (found,)) if isinstance(found, Fault) else Reading(found)
+    if isinstance(found, Fault):
+        return Reading(None, found.name, (found,))
+    return Reading(found, images.name(index))
 
 
 def _read(images: LabelledImages, index: int) -> Image.Image | Fault:
@@ -168,6 +171,9 @@ class Batch(NamedTuple):
 
     first: int = 0
     """Where in the global batch this slice begins; 0 in evaluation."""
+
+    names: Sequence[str] = ()
+    """What each image is called, for people; of one that was replaced, the other's."""
 
 
 def micro_batches(batch: Batch, num: int) -> Iterator[Batch]:
@@ -227,11 +233,12 @@ class Samples(Dataset[Loaded | DataError]):
     def __getitems__(self, keys: list[Key]) -> Loaded | DataError:
         pixels: list[Tensor] = []
         labels: list[int] = []
+        names: list[str] = []
         faults: list[Fault] = []
         num_replaced = 0
         for epoch, index in keys:
             try:
-                image, met = self._read(self._images, index)
+                image, name, met = self._read(self._images, index)
             except DataError as fault:
                 return fault
             faults += met
@@ -240,11 +247,12 @@ class Samples(Dataset[Loaded | DataError]):
                 with seeded("augment", self._seed, epoch, index):
                     pixels.append(self._transform(image))
                 labels.append(int(self._images.labels[index]))
+                names.append(name)
         # In a loader process torch stacks straight into shared memory.
         images_B3HW = default_collate(pixels) if pixels else torch.empty(0, 3, 0, 0)
         num_global = self._num_global or len(labels)
         labels_B = torch.tensor(labels, dtype=torch.int64)
-        batch = Batch(images_B3HW, labels_B, num_global, num_replaced, self._first)
+        batch = Batch(images_B3HW, labels_B, num_global, num_replaced, self._first, names)
         return Loaded(batch, faults)
 
 

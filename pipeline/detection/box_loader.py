@@ -134,6 +134,8 @@ class BoxSample(NamedTuple):
     image_id: str
     original_width: int
     original_height: int
+    name: str
+    """Its URI, for people."""
 
 
 class Facts(NamedTuple):
@@ -146,6 +148,7 @@ class Facts(NamedTuple):
     image_id: str
     original_width: int
     original_height: int
+    name: str
 
 
 class BoxBatch(NamedTuple):
@@ -285,6 +288,7 @@ class BoxSamples(Dataset[BoxesLoaded | DataError]):
             image_id=table.image_id(index),
             original_width=int(table.width_N[index]),
             original_height=int(table.height_N[index]),
+            name=printable(table.uri(index)),
         )
 
     def _stand_in(self, wanted: int, faults: list[Fault]) -> tuple[int, Image.Image]:

@@ -236,4 +236,5 @@ def _loop_settings(job: TrainDetectorJob) -> LoopSettings:
         clip=chosen.clip,
         precision=job.precision,
         gradient_norm_steps=job.gradient_norm_steps,
+        detect_anomaly=job.detect_anomaly,
     )

@@ -67,6 +67,7 @@ class DetectionTask:
                 inputs_of(samples[start:end], canvas, self.workers.device),
                 end - start,
                 batch.num_global,
+                [sample.name for sample in samples[start:end]],
             )
             for start, end in pairwise(cuts)
         ]

@@ -176,4 +176,5 @@ def _loop_settings(job: PretrainDinoJob, steps_per_epoch: int) -> LoopSettings:
         clip=chosen.clip,
         precision=job.precision,
         gradient_norm_steps=job.gradient_norm_steps,
+        detect_anomaly=job.detect_anomaly,
     )

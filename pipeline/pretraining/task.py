@@ -133,7 +133,8 @@ class DINOTask:
         for part_B3HW in images_B3HW.tensor_split(min(self.accumulate, len(images_B3HW))):
             mine = drawn.rows(first, len(part_B3HW))
             crops = Crops(*make_views(part_B3HW, mine, self.views))
-            parts.append(Part(crops, len(part_B3HW), batch.num_global))
+            names = batch.names[first - batch.first :][: len(part_B3HW)]
+            parts.append(Part(crops, len(part_B3HW), batch.num_global, names))
             first += len(part_B3HW)
         return parts
 

@@ -17,7 +17,6 @@ class Backbone:
         files: by which names its weights are known, to be found below --data-root.
         settings: what else label_images is told of it.
         decode: how its images are read.
-        gmacs: multiplications of one image of 500 x 375, in 1e9 (estimate.py).
         stands_in: of no paper: small enough for a laptop, shown at --scale small.
         shipped: its weights come with this package.
     """
@@ -25,7 +24,6 @@ class Backbone:
     words: str
     name: str
     files: tuple[str, ...]
-    gmacs: float
     settings: dict[str, Any] = field(default_factory=dict)
     decode: dict[str, Any] = field(default_factory=dict)
     stands_in: bool = False
@@ -40,52 +38,45 @@ BACKBONES = {
         "ViT-S/16 DINO",
         "vit_small_patch16_224.dino",
         ("dino_deitsmall16_pretrain.pth", "vit_small_patch16_224.dino.safetensors"),
-        21.7,
         decode=_WHOLE,
     ),
     "vit-s8": Backbone(
         "ViT-S/8 DINO (300 epochs)",
         "vit_small_patch8_224.dino_300ep",
         ("dino_deitsmall8_300ep_pretrain.pth",),
-        152.0,
         decode=_WHOLE,
     ),
     "vit-b16": Backbone(
         "ViT-B/16 DINO",
         "vit_base_patch16_224.dino",
         ("dino_vitbase16_pretrain.pth", "vit_base_patch16_224.dino.safetensors"),
-        76.2,
         decode=_WHOLE,
     ),
     "resnet50-dino": Backbone(
-        "ResNet-50 DINO", "resnet50.dino", ("dino_resnet50_pretrain.pth",), 25.0, decode=_WHOLE
+        "ResNet-50 DINO", "resnet50.dino", ("dino_resnet50_pretrain.pth",), decode=_WHOLE
     ),
     "resnet50": Backbone(
         "ResNet-50 ImageNet",
         "resnet50.tv_in1k",
         ("resnet50-0676ba61.pth", "resnet50.tv_in1k.safetensors"),
-        25.0,
         decode=_WHOLE,
     ),
     "vgg16": Backbone(
         "VGG16 ImageNet",
         "vgg16.tv_in1k",
         ("vgg16-397923af.pth", "vgg16.tv_in1k.safetensors"),
-        60.7,
         decode=_WHOLE,
     ),
     "deit-s16": Backbone(
         "DeiT-S/16 (with labels)",
         "deit_small_patch16_224.fb_in1k",
         ("deit_small_patch16_224-cd65a155.pth", "deit_small_patch16_224.fb_in1k.safetensors"),
-        21.7,
         decode=_WHOLE,
     ),
     "vit-ti16": Backbone(
         "ViT-Ti/16 (with labels), block 5",
         "vit_tiny_patch16_224",
         ("vit_tiny_patch16_224_in1k_supervised.safetensors",),
-        3.4,
         # Its last keys find nothing; values of a middle block do (docs/log.md).
         {"feature": "value", "block": 5, "normalize": "half"},
         stands_in=True,
@@ -94,7 +85,6 @@ BACKBONES = {
         "ViT-nano/8 DINO, block 3",
         "vit_nano_patch8.dino",
         (),
-        1.6,
         {"feature": "value", "block": 3},
         # As it was trained: on small images.
         {"max_side": 224},

@@ -27,8 +27,8 @@ class ClassifierRecipe:
     """Which data set, as ``places.DATA`` names it."""
 
     values: Values
-    network: str
-    """By which its cost is known (estimate.py)."""
+    narrowed: bool = False
+    """Whether the network is narrower than the one of its name: nobody publishes its weights."""
 
     starts_from: str | None = None
     """Weights to start from, as --weights names them; None is from scratch."""
@@ -99,19 +99,6 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Of one run.
-
-    Attributes:
-        seconds: on one GPU, or on one core at the small scale.
-        disk_bytes: that stay.
-    """
-
-    seconds: float
-    disk_bytes: float
-
-
-@dataclass(frozen=True)
 class Run:
     """One job to be done.
 
@@ -120,7 +107,6 @@ class Run:
         job: of which script, ``train_classifier``.
         values: its settings.
         result: the file that is there when it is done.
-        cost: of all of it.
         after: names of the runs it needs the results of.
     """
 
@@ -128,7 +114,6 @@ class Run:
     job: str
     values: Values
     result: Location
-    cost: Cost
     after: tuple[str, ...] = ()
 
     @property

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 
 from pipeline.config import DetectJob, LabelJob, TrainClassifierJob, TrainDetectorJob
 from pipeline.config.presets import merged
@@ -23,19 +24,13 @@ from pipeline.reproduction.cells import (
     Split,
     Values,
 )
-from pipeline.reproduction.estimate import (
-    Speed,
-    boxes_cost,
-    classifier_cost,
-    detection_cost,
-    detector_cost,
-)
 from pipeline.reproduction.inputs import AtHand, Photos, read_photos
 from pipeline.runs.folder import RunFolder
 from pipeline.storage import Location
 
 _DETECTOR_START = "resnet50-dino"
 _SUMMARY = "summary.json"
+_TRAINING = ("train_classifier", "train_detector")
 # Of detectors cut short, whose preset counts steps.
 _STEPS_OF_A_WINDOW = 10
 
@@ -80,7 +75,6 @@ class Choices:
         output: folder of all results.
         at_hand: data and weights.
         num_seeds: of each run that has a seed.
-        speed: that costs are reckoned with.
         epochs: fewer than the rows', for trying; None is theirs.
         num_images: fewer photos, likewise.
         training: settings of every training run: workers, GPUs, where it is recorded.
@@ -90,7 +84,6 @@ class Choices:
     output: Location
     at_hand: AtHand
     num_seeds: int
-    speed: Speed
     epochs: int | None = None
     num_images: int | None = None
     training: Values = field(default_factory=dict)
@@ -106,6 +99,28 @@ def plan_cells(cells: Sequence[Cell], choices: Choices) -> Plan:
     planner = _Planner(choices)
     planned = tuple(planner.plan(cell) for cell in cells)
     return Plan(planned, tuple(planner.runs.values()), tuple(planner.photos.values()))
+
+
+def expected_seconds(runs: Sequence[Run]) -> dict[str, float]:
+    """By name, what training runs that are not done will take, where runs that differ from them in
+    their seed alone are done: the mean of what those took.
+    """
+    taken: dict[str, list[float]] = {}
+    for run in runs:
+        if run.job in _TRAINING and run.is_done:
+            history = RunFolder(run.folder).history()
+            taken.setdefault(_but_its_seed(run), []).append(sum(one["seconds"] for one in history))
+    return {
+        run.name: fmean(known)
+        for run in runs
+        if not run.is_done and (known := taken.get(_but_its_seed(run)))
+    }
+
+
+def _but_its_seed(run: Run) -> str:
+    # A detector's seed is also in the folder that it is written to.
+    same = {name: value for name, value in run.values.items() if name not in ("seed", "output")}
+    return config_hash({"job": run.job, **same})
 
 
 class _Missing(Exception):
@@ -155,10 +170,7 @@ class _Planner:
         if self.choices.epochs is not None:
             values = merged(values, _cut_short(values, self.choices.epochs))
         folder = RunFolder.of(TrainClassifierJob.model_validate(values)).place
-        cost = classifier_cost(recipe, values, self.choices.speed)
-        return self._kept(
-            Run(folder.name, "train_classifier", values, folder.child(_SUMMARY), cost)
-        )
+        return self._kept(Run(folder.name, "train_classifier", values, folder.child(_SUMMARY)))
 
     def _start(self, recipe: ClassifierRecipe) -> Values:
         """Where the weights of a run start."""
@@ -167,8 +179,7 @@ class _Planner:
         file = self.choices.at_hand.weights_of(recipe.starts_from)
         if file is not None:
             return {"model": {"checkpoint": file, "pretrained": False}}
-        # Nobody publishes weights of a narrowed network.
-        if self.choices.at_hand.fetch and not recipe.network.startswith("small-"):
+        if self.choices.at_hand.fetch and not recipe.narrowed:
             return {"model": {"pretrained": True}}
         raise _Missing(f"no weights at hand (--weights {recipe.starts_from}=FILE)")
 
@@ -188,8 +199,7 @@ class _Planner:
         output = self.choices.output.child("labels").child(name)
         values = merged(self.choices.bulk, {**decides, "output": str(output), "resume": True})
         LabelJob.model_validate(values)
-        cost = boxes_cost(recipe.backbone, len(photos.uris), self.choices.speed)
-        return self._kept(Run(name, "label_images", values, output.child(MANIFEST_NAME), cost))
+        return self._kept(Run(name, "label_images", values, output.child(MANIFEST_NAME)))
 
     def _detections(self, recipe: DetectorRecipe, photos: Photos, seed: int) -> Run:
         """Boxes of the training photos, a detector trained on them, and what it finds."""
@@ -204,9 +214,8 @@ class _Planner:
         output = self.choices.output.child("found").child(name)
         values = merged(self.choices.bulk, {**decides, "output": str(output), "resume": True})
         DetectJob.model_validate(values)
-        cost = detection_cost(recipe.values, len(photos.uris))
         result = output.child(MANIFEST_NAME)
-        return self._kept(Run(name, "detect_images", values, result, cost, (detector.name,)))
+        return self._kept(Run(name, "detect_images", values, result, (detector.name,)))
 
     def _detector(self, recipe: DetectorRecipe, labels: Run, seed: int) -> Run:
         fixed: Values = {"labels": labels.values["output"], "seed": seed}
@@ -221,8 +230,8 @@ class _Planner:
         output = self.choices.output.child("detectors").child(config_hash(decides)[:12])
         values = merged(values, {"output": str(output)})
         folder = RunFolder.of(TrainDetectorJob.model_validate(values)).place
-        result, cost = folder.child(_SUMMARY), detector_cost(values)
-        return self._kept(Run(folder.name, "train_detector", values, result, cost, (labels.name,)))
+        result = folder.child(_SUMMARY)
+        return self._kept(Run(folder.name, "train_detector", values, result, (labels.name,)))
 
     def _detector_start(self) -> str:
         file = self.choices.at_hand.weights_of(_DETECTOR_START)

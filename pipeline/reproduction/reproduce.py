@@ -12,10 +12,9 @@ from pipeline.errors import AllTrialsFailed
 from pipeline.lease import Lease
 from pipeline.progress import duration
 from pipeline.reproduction.cells import Run, Table, Values
-from pipeline.reproduction.estimate import ONE_CORE, ONE_GPU, Speed
 from pipeline.reproduction.inputs import AtHand, weights_flag
 from pipeline.reproduction.measured import lines_of, result_of
-from pipeline.reproduction.plan import LISTS, Choices, Plan, plan_cells
+from pipeline.reproduction.plan import LISTS, Choices, Plan, expected_seconds, plan_cells
 from pipeline.reproduction.report import Report, as_csv, as_markdown, as_png, print_report
 from pipeline.reproduction.runner import Runner, local_folder
 from pipeline.reproduction.tables import TABLES, TableSize, chosen_cells
@@ -37,7 +36,7 @@ class _Work:
 
 
 def reproduce(job: ReproduceJob, jobs: Path) -> int:
-    """Run the chosen rows, or tell what that would cost; print and write the report.
+    """Run the chosen rows, or tell which they are; print and write the report.
 
     Args:
         job: what is asked for.
@@ -53,7 +52,7 @@ def reproduce(job: ReproduceJob, jobs: Path) -> int:
     local_folder(output)
     work = _planned(job, output)
     if job.dry_run:
-        _tell_costs(job, work)
+        _tell_plan(work)
         return 0
     place = output.child("reports").child(_name(job))
     with Lease(place):
@@ -89,7 +88,6 @@ def _planned(job: ReproduceJob, output: Location) -> _Work:
         output=output,
         at_hand=AtHand(told, weights_flag(job.weights), job.data_root, job.fetch),
         num_seeds=job.seeds,
-        speed=_speed(job),
         epochs=job.epochs,
         num_images=job.num_images,
         training={**tracked, "num_workers": job.num_workers, "use_gpu": job.use_gpu},
@@ -127,12 +125,6 @@ def _cut(job: ReproduceJob) -> list[str]:
     return notes
 
 
-def _speed(job: ReproduceJob) -> Speed:
-    if job.tflops is not None:
-        return Speed(job.tflops, job.tflops)
-    return ONE_GPU if job.scale == "paper" else ONE_CORE
-
-
 def _described(plan: Plan, run: Run) -> str:
     """A finished run's figure, where it is one of a cell."""
     for planned in plan.cells:
@@ -158,8 +150,8 @@ def _write(report: Report, place: Location, failed: Mapping[str, str]) -> None:
     _say(f"{', '.join(files)} are in {place}")
 
 
-def _tell_costs(job: ReproduceJob, work: _Work) -> None:
-    """Runs, hours and disk of what is chosen."""
+def _tell_plan(work: _Work) -> None:
+    """The runs of what is chosen, and the hours of those that were measured with another seed."""
     for planned in work.plan.cells:
         cell = planned.cell
         if cell.name in work.chosen:
@@ -168,21 +160,16 @@ def _tell_costs(job: ReproduceJob, work: _Work) -> None:
             _say(f"{cell.name:32} {cell.words}: {told}")
     waiting = [run for run in work.runs if not run.is_done]
     kinds = {run.job: [one for one in waiting if one.job == run.job] for run in waiting}
+    expected = expected_seconds(work.plan.runs)
     for kind, runs in kinds.items():
-        _say(f"{kind:18} {len(runs):4} runs  {duration(sum(one.cost.seconds for one in runs))}")
-    seconds = sum(run.cost.seconds for run in waiting)
-    disk = sum(run.cost.disk_bytes for run in waiting)
-    unit = "GPU-hours" if job.scale == "paper" else "hours on one core"
-    speed = _speed(job)
-    _say(
-        f"{len(waiting)} runs to do ({len(work.runs) - len(waiting)} are done): about "
-        f"{seconds / 3600:.1f} {unit}, {disk / 1e9:.1f} GB of disk"
-    )
-    _say(
-        f"A guess: images x epochs x the network's operations, three times a forward pass where it "
-        f"trains, at {speed.training:g} TFLOPS ({speed.forward:g} for boxes; --tflops); detectors "
-        "by their seconds a step"
-    )
+        known = [expected[run.name] for run in runs if run.name in expected]
+        took = (
+            f"; {len(known)} take {duration(sum(known))}, as their other seeds did" if known else ""
+        )
+        _say(f"{kind:18} {len(runs):4} runs{took}")
+    _say(f"{len(waiting)} runs to do, {len(work.runs) - len(waiting)} are done")
+    if waiting and not expected:
+        _say("Hours are told of training runs that were measured with another seed: try --seeds 1")
 
 
 def _say(line: str) -> None:

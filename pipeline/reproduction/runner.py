@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 
 import yaml
 
@@ -45,8 +46,9 @@ class Runner:
     tell: Callable[[str], None]
     describe: Callable[[Run], str]
     _failed: dict[str, str] = field(default_factory=dict)
-    _began: float = field(default_factory=time.monotonic)
-    _seconds_done: float = 0.0
+    _began: dict[str, float] = field(default_factory=dict)
+    _taken: dict[str, list[float]] = field(default_factory=dict)
+    """Seconds of the runs that ended well, by their job."""
 
     def do(self, runs: Sequence[Run]) -> Mapping[str, str]:
         """Do what is not done yet; why runs failed, by their names.
@@ -78,6 +80,7 @@ class Runner:
                 return
             if not open_names & set(run.after) and not set(run.after) & self._failed.keys():
                 waiting.remove(run)
+                self._began[run.name] = time.monotonic()
                 active.append((run, self._process(run)))
 
     def _give_up(self, waiting: list[Run]) -> int:
@@ -111,7 +114,8 @@ class Runner:
         """Tell of a run that has ended, and remember why it failed."""
         log = self.logs / f"{run.name}.log"
         if code == 0 and run.is_done:
-            self._seconds_done += run.cost.seconds
+            seconds = time.monotonic() - self._began[run.name]
+            self._taken.setdefault(run.job, []).append(seconds)
             left = self._time_left(rest)
             self.tell(f"run {place} ok {run.name}: {self.describe(run)}{left}")
             return
@@ -119,11 +123,11 @@ class Runner:
         self.tell(f"run {place} FAILED {run.name}: {self._failed[run.name]}; its log: {log}")
 
     def _time_left(self, rest: Sequence[Run]) -> str:
-        """By what was reckoned for the finished runs and what they took."""
-        if not rest or not self._seconds_done:
+        """By what runs of the same jobs took; nothing while one of the jobs has none."""
+        if not rest or not all(run.job in self._taken for run in rest):
             return ""
-        pace = (time.monotonic() - self._began) / self._seconds_done
-        return f" eta {duration(pace * sum(run.cost.seconds for run in rest))}"
+        seconds = sum(fmean(self._taken[run.job]) for run in rest)
+        return f" eta {duration(seconds / self.num_parallel)}"
 
 
 _Active = list[tuple[Run, "subprocess.Popen[bytes]"]]

@@ -190,7 +190,7 @@ def _run(
     return ClassifierRecipe(
         data=name,
         values=merged(values, _BASELINE if loss is None else loss),
-        network=model if size.scale == "paper" else f"small-{model}",
+        narrowed=size.scale == "small",
         starts_from=model if tuned else None,
     )
 

@@ -95,7 +95,8 @@ class RunFolder:
             for name in ("summary.json", *others):
                 self.place.child(name).delete()
         self.place.child(_FAULT).delete()
-        text = yaml.safe_dump(job.model_dump(mode="json", exclude={"overwrite"}), sort_keys=False)
+        once = {"overwrite", "detect_anomaly"}
+        text = yaml.safe_dump(job.model_dump(mode="json", exclude=once), sort_keys=False)
         config.write_bytes(text.encode())
 
     def summary(self) -> dict[str, Any] | None:

@@ -19,7 +19,6 @@ import math
 import os
 import pickle
 import re
-import shutil
 import tempfile
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -111,25 +110,6 @@ class CheckpointStore:
         kept = self._worth_keeping([*(old for old in listed if old.epoch < epoch), entry])
         self._write_index(kept)
         self._clean({entry.file for entry in kept})
-
-    def begin_with(self, other: "CheckpointStore") -> None:
-        """Copy all checkpoints of another run, unless there are some here already.
-
-        Raises:
-            StorageError: the other run has none, or they cannot be copied; none is here then.
-        """
-        if self._index():
-            return
-        entries = other._index()
-        if not entries:
-            raise StorageError(f"{other.folder} holds no checkpoint to begin with")
-        for entry in entries:
-            with (
-                self.folder.child(entry.file).publishing() as stream,
-                other.folder.child(entry.file).open() as source,
-            ):
-                shutil.copyfileobj(source, stream, _CHUNK)
-        self._write_index(entries)
 
     def latest(self) -> SavedState | None:
         """The newest checkpoint that is whole; None where none was ever finished.

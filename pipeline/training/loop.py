@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pipeline.errors import TrainingDiverged
+from pipeline.training.anomalies import AnomalyWatch
 from pipeline.training.optim import set_learning_rate, set_weight_decay
 from pipeline.training.workers import Workers
 
@@ -60,6 +61,8 @@ class Part:
     inputs: Any
     num_images: int
     num_global: int
+    images: Sequence[str] = ()
+    """What the images it is computed from are called, for people."""
 
 
 class Task(Protocol):
@@ -102,6 +105,10 @@ class LoopSettings:
     precision: str = "fp32"
     gradient_norm_steps: int = 0
     """Steps between measurements of each term's own gradient; 0 never."""
+
+    detect_anomaly: bool = False
+    """Look at every operation's gradient, slowly, so that a step that is not finite can tell where
+    it began and in which images; it changes no number."""
 
 
 @dataclass
@@ -147,15 +154,6 @@ class LoopState:
 
 
 @dataclass(frozen=True)
-class StepFault:
-    """A step whose loss or gradient is not finite, before it could spoil the weights."""
-
-    key: StepKey
-    parts: Sequence[Part]
-    losses: Sequence[Mapping[str, float]]
-
-
-@dataclass(frozen=True)
 class Hooks:
     """What the outside does meanwhile; the loop waits for each."""
 
@@ -164,9 +162,6 @@ class Hooks:
 
     on_step: Callable[[StepKey, int], None] = lambda key, num_images: None
     """After each step, with the images of the global batch: for progress."""
-
-    on_fault: Callable[[StepFault], str] = lambda fault: ""
-    """More to tell of a step that ends the training, as a sentence."""
 
     before_update: Callable[[StepKey], None] = lambda key: None
     """When a step's gradient is whole and not yet clipped; what must not learn loses it here."""
@@ -223,15 +218,18 @@ def _epoch(
     started = time.perf_counter()
     for index, batch in enumerate(task.begin_epoch(epoch)):
         key = StepKey(epoch, epoch * task.steps_per_epoch + index)
-        set_learning_rate(state.optimizer, settings.learning_rate(key.step))
-        if settings.weight_decay is not None:
-            set_weight_decay(state.optimizer, settings.weight_decay(key.step))
+        _follow_schedules(state.optimizer, settings, key.step)
         parts = task.parts(batch, key)
         split = settings.gradient_norm_steps and key.step % settings.gradient_norm_steps == 0
         told: list[Losses] = []
+        watch = AnomalyWatch() if settings.detect_anomaly else None
         for number, part in enumerate(parts):
             last = number + 1 == len(parts)
-            with _unsynced(network, unless=last), _autocast(settings.precision, workers.device):
+            with (
+                _unsynced(network, unless=last),
+                _autocast(settings.precision, workers.device),
+                _remembering_calls(settings.detect_anomaly),
+            ):
                 losses = task.losses(network, part)
             told.append(losses)
             share = part.num_images / part.num_global
@@ -239,22 +237,32 @@ def _epoch(
                 means.add_norms(_norms_of_terms(losses, part, state.objective, workers))
             # DDP divides the sum of the gradients by the workers: undone here, as shares add to 1.
             loss = torch.stack([*losses.terms.values()]).sum() * (share * workers.size)
+            if watch is None:
+                loss = _spoilt_unless_finite(loss)
+            else:
+                watch.add(loss, dict(_told(losses)), part.images)
             with _unsynced(network, unless=last):
-                scaled = state.scaler.scale(_spoilt_unless_finite(loss))
+                scaled = state.scaler.scale(loss)
                 scaled.backward()  # type: ignore[no-untyped-call]
             means.add(losses, part.num_images)
+        if watch is not None:
+            _spoil_where_watched(state.objective, watch, workers)
         hooks.before_update(key)
         norm = _step(state, settings.clip)
         if not _is_fine(norm, state.scaler):
-            fault = StepFault(key, parts, [_floats(one) for one in told])
-            kept = hooks.on_fault(fault)
-            raise TrainingDiverged(_diverged(fault, settings.precision, kept))
+            raise TrainingDiverged(_diverged(key, settings.precision, told, watch, workers))
         if math.isfinite(norm):
             hooks.after_update(key)
             means.add_norms({"total": norm})
         hooks.on_step(key, parts[0].num_global)
     seconds = time.perf_counter() - started
     return means.result(seconds) | {"lr": settings.learning_rate(key.step)}
+
+
+def _follow_schedules(optimizer: Optimizer, settings: LoopSettings, step: int) -> None:
+    set_learning_rate(optimizer, settings.learning_rate(step))
+    if settings.weight_decay is not None:
+        set_weight_decay(optimizer, settings.weight_decay(step))
 
 
 def _step(state: LoopState, clip: float) -> float:
@@ -287,19 +295,52 @@ def _spoilt_unless_finite(loss: Tensor) -> Tensor:
     return loss * torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
 
 
+def _spoil_where_watched(objective: nn.Module, watch: AnomalyWatch, workers: Workers) -> None:
+    """The same where the gradient of an infinite loss was to be looked at: spoilt afterwards."""
+    (any_spoilt,) = workers.largest([int(not watch.all_losses_finite)])
+    if any_spoilt:
+        for weight in objective.parameters():
+            if weight.grad is not None:
+                weight.grad.fill_(math.nan)
+
+
 def _is_fine(norm: float, scaler: torch.amp.GradScaler) -> bool:
     # Under fp16 a scaled gradient may overflow: its step is left out, and the scale halved.
     return math.isfinite(norm) or (scaler.is_enabled() and scaler.get_scale() > _SMALLEST_SCALE)
 
 
-def _diverged(fault: StepFault, precision: str, kept: str) -> str:
-    worst = [losses for losses in fault.losses if not all(map(math.isfinite, losses.values()))]
-    shown = " ".join(f"{name}={value:g}" for name, value in (worst or fault.losses)[0].items())
+def _diverged(
+    key: StepKey,
+    precision: str,
+    told: Sequence[Losses],
+    watch: AnomalyWatch | None,
+    workers: Workers,
+) -> str:
+    """What is told of a step that ends the training; under a watch the same on every worker."""
+    if watch is None:
+        # Whatever is random follows from seed, epoch and step, so it will be the same one.
+        more = "the same command with --detect-anomaly meets this step again and names its images"
+        parts = [_floats(losses) for losses in told]
+        worst = [losses for losses in parts if not all(map(math.isfinite, losses.values()))]
+        shown: Mapping[str, float] = (worst or parts)[0]
+    else:
+        found = watch.first_met(workers)
+        of_each = (f"worker {rank}: {one.describe()}" for rank, one in found.items())
+        more = "; ".join(of_each) if workers.size > 1 else found[0].describe()
+        shown = next(iter(found.values())).losses
+    numbers = " ".join(f"{name}={value:g}" for name, value in shown.items())
     wider = "" if precision == "fp32" else " or use --precision fp32"
     return (
-        f"loss or gradient is not finite at epoch {fault.key.epoch + 1}, step {fault.key.step} "
-        f"({shown}); lower --optim.lr{wider}. {kept}"
-    ).rstrip()
+        f"loss or gradient is not finite at epoch {key.epoch + 1}, step {key.step} ({numbers}); "
+        f"lower --optim.lr{wider}; {more}"
+    )
+
+
+def _remembering_calls(detect_anomaly: bool) -> AbstractContextManager[Any]:
+    """Autograd's anomaly mode; what it would check, a ``AnomalyWatch`` does."""
+    if not detect_anomaly:
+        return nullcontext()
+    return torch.autograd.set_detect_anomaly(True, check_nan=False)
 
 
 def _autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:

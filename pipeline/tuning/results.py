@@ -17,7 +17,6 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.tuning.population import generation_of, lineage
 from pipeline.tuning.proposals import direction_of, frozen
 from pipeline.tuning.space import Space, Span
 from pipeline.tuning.trials import Trial, best_of
@@ -111,45 +110,13 @@ def result_files(space: Space, base: Tree, trials: Sequence[Trial]) -> dict[str,
         return files
     text, _ = best_yaml(space, base, best.values)
     header = f"# {space.metric} {best.metric:.6g}, trial {best.number} of {len(trials)}\n"
-    if best.segment is not None:
-        header += f"# Values after epoch {best.segment.after}; for those before see schedule.md.\n"
-        files |= _schedule(trials, best)
     files["best.yaml"] = (header + text).encode()
-    # In a population knobs change, and good values are copied: a share of theirs means little.
-    weights = {} if best.segment else importance(space, trials)
+    weights = importance(space, trials)
     if weights:
         files["importance.json"] = (json.dumps(weights, indent=1) + "\n").encode()
         files["pictures/importance.png"] = importance_png(weights, space.metric)
-    # Of a population the last generation: others were measured after fewer epochs.
-    whole = [one for one in trials if one.status != "part"]
-    files["pictures/slices.png"] = slices_png(space, whole)
+    files["pictures/slices.png"] = slices_png(space, trials)
     return files
-
-
-def _schedule(trials: Sequence[Trial], best: Trial) -> dict[str, bytes]:
-    """What the best member really trained with: values, and the epochs in which they held."""
-    spans: list[dict[str, Any]] = []
-    for one in lineage(trials, best):
-        assert one.segment is not None
-        if not spans or spans[-1]["values"] != one.values:
-            first = one.segment.after + 1
-            spans.append({"first_epoch": first, "values": one.values, "trials": []})
-        spans[-1]["last_epoch"] = one.segment.until
-        spans[-1]["trials"].append(one.number)
-    names = list(dict.fromkeys(name for span in spans for name in span["values"]))
-    header = ["epochs", "trials", *names]
-    rows = [
-        [
-            f"{span['first_epoch']} to {span['last_epoch']}",
-            ", ".join(map(str, span["trials"])),
-            *(span["values"].get(name) for name in names),
-        ]
-        for span in spans
-    ]
-    return {
-        "schedule.json": (json.dumps(spans, indent=1) + "\n").encode(),
-        "schedule.md": _table(header, rows).encode(),
-    }
 
 
 def importance(space: Space, trials: Sequence[Trial]) -> dict[str, float]:
@@ -183,14 +150,13 @@ def importance(space: Space, trials: Sequence[Trial]) -> dict[str, float]:
 
 
 def ranked(space: Space, trials: Sequence[Trial]) -> list[Trial]:
-    """Finished ones from the best, then earlier generations, stopped and failed ones."""
-    order = {"ok": 0, "part": 1, "stopped": 2, "failed": 3}
+    """Finished ones from the best, then stopped and failed ones."""
+    order = {"ok": 0, "stopped": 1, "failed": 2}
     sign = -1 if space.mode == "max" else 1
     return sorted(
         trials,
         key=lambda one: (
             order[one.status],
-            -(generation_of(one) or 0),
             sign * (one.metric or 0.0),
             one.number,
         ),
@@ -234,12 +200,10 @@ def shown_values(trial: Trial) -> str:
 
 def _rows(space: Space, trials: Sequence[Trial]) -> tuple[list[str], list[list[Any]]]:
     names = list(dict.fromkeys(name for one in trials for name in one.values))
-    places = ("generation", "member", "parent") if any(one.segment for one in trials) else ()
-    header = ["trial", *places, "status", space.metric, "epochs", "seconds", *names, "reason"]
+    header = ["trial", "status", space.metric, "epochs", "seconds", *names, "reason"]
     rows = [
         [
             one.number,
-            *(getattr(one.segment, name, None) for name in places),
             one.status,
             one.metric,
             one.epochs,
@@ -253,10 +217,7 @@ def _rows(space: Space, trials: Sequence[Trial]) -> tuple[list[str], list[list[A
 
 
 def _markdown(space: Space, trials: Sequence[Trial]) -> str:
-    return _table(*_rows(space, trials))
-
-
-def _table(header: list[str], rows: list[list[Any]]) -> str:
+    header, rows = _rows(space, trials)
     lines = [header, ["---"] * len(header), *rows]
     return "".join("| " + " | ".join(map(_cell, line)) + " |\n" for line in lines)
 

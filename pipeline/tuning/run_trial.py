@@ -18,7 +18,6 @@ from pipeline.runs.folder import RunFolder
 from pipeline.runs.life import Outside, TrainHere
 from pipeline.storage import Location
 from pipeline.training.workers import current_workers
-from pipeline.tuning.segment import SegmentTask, train_segment
 from pipeline.tuning.space import OWN, Space, Values, space_of
 from pipeline.tuning.trials import Proposal, Trial, TrialStatus, finite
 from pipeline.tuning.tuned_job import TRAINED, Tree, settings_of, train_here
@@ -74,9 +73,6 @@ class Watch:
     folder: RunFolder
     num_epochs: int
 
-    after: int = 0
-    """Epochs at the beginning that it is not judged by: other members' segments."""
-
     def latest(self) -> tuple[int, float] | None:
         """The epoch from 1 and the metric so far, where it is measured; None after the last epoch.
 
@@ -84,7 +80,7 @@ class Watch:
         """
         # The file and not the numbers: a run that goes on had epochs before these.
         history = self.folder.history()
-        metric = judged(self.space, history[self.after :])
+        metric = judged(self.space, history)
         if metric is None or len(history) >= self.num_epochs:
             return None
         return len(history), metric
@@ -94,8 +90,6 @@ def run_trial(
     task: TrialTask,
     values: Values,
     report: ReportEpoch,
-    *,
-    segment: SegmentTask | None = None,
     fit: Fit | None = None,
 ) -> TrialOutcome:
     """Run a trial to its end; whatever goes wrong in it becomes its reason.
@@ -104,7 +98,6 @@ def run_trial(
         task: What all trials share.
         values: The trial's own settings.
         report: Told of its epochs, where it trains in this process.
-        segment: The part of the run that it is to train; None is all of it.
         fit: Trains its run elsewhere, and tells of epochs itself; None trains it here.
     """
     space = task.space()
@@ -116,8 +109,6 @@ def run_trial(
             outcome = _run_own(space, values, told)
         elif space.job == "localization":
             outcome = _localize(task, space, values)
-        elif segment is not None:
-            outcome = _train_segment(task, space, values, told, segment)
         else:
             outcome = _train(task, space, values, fit or partial(_fit_here, told=told))
     except PatchseedError as fault:
@@ -126,7 +117,7 @@ def run_trial(
         return TrialOutcome(
             "failed", told.metric, f"{type(fault).__name__}: {one_line(fault)}", told.epoch
         )
-    if outcome.status in ("ok", "part") and finite(outcome.metric) is None:
+    if outcome.status == "ok" and finite(outcome.metric) is None:
         reason = f"{space.metric} was never measured"
         if outcome.metric is not None:
             reason = f"{space.metric} is not finite: {outcome.metric}"
@@ -147,7 +138,6 @@ def ended(proposed: Proposal, outcome: TrialOutcome, began: float) -> Trial:
         epochs=outcome.epochs,
         folder=outcome.folder,
         numbers=outcome.numbers or {},
-        segment=proposed.segment,
     )
 
 
@@ -214,38 +204,11 @@ def _train(task: TrialTask, space: Space, values: Values, fit: Fit) -> TrialOutc
     )
 
 
-def _train_segment(
-    task: TrialTask, space: Space, values: Values, told: _Told, segment: SegmentTask
-) -> TrialOutcome:
-    job = training_job(task, space, values, segment.output)
-    folder = RunFolder.of(job)
-    workers = current_workers(torch.device("cuda" if task.use_gpu else "cpu"))
-    # By what it is now: a best epoch of before would hide that it has got worse.
-    of_now = replace(space, run=None, pick="last")
-    watch = Watch(of_now, folder, job.num_epochs, segment.after)
-    with folder.held(job):
-        summary = train_segment(
-            segment,
-            folder,
-            job.num_epochs,
-            lambda outside: train_here(space.job)(job, folder, workers, outside),
-            partial(told.look, watch),
-        )
-    history, place = folder.history(), str(folder.place)
-    if summary is None:
-        metric = judged(of_now, history[segment.after : segment.until])
-        return TrialOutcome("part", metric, epochs=segment.until, folder=place)
-    metric = judged(space, history)
-    return TrialOutcome("ok", metric, epochs=len(history), folder=place, numbers=summary["metrics"])
-
-
-def training_job(
-    task: TrialTask, space: Space, values: Values, output: str | None = None
-) -> TrainingJob:
+def training_job(task: TrialTask, space: Space, values: Values) -> TrainingJob:
     """A trial's training job, below the sweep's folder and told by the sweep."""
     job: Any = settings_of(space, task.base, values)
     update = {
-        "output": output or str(Location.parse(task.folder).child("runs")),
+        "output": str(Location.parse(task.folder).child("runs")),
         "tracking_uri": "off",
         "use_gpu": task.use_gpu,
         "overwrite": False,
@@ -257,13 +220,13 @@ def training_job(
     return found
 
 
-def folder_of(task: TrialTask, values: Values, output: str | None = None) -> str | None:
+def folder_of(task: TrialTask, values: Values) -> str | None:
     """The folder of a trial's training run, where it has trained an epoch."""
     space = task.space()
     if space.job not in TRAINED:
         return None
     try:
-        run = RunFolder.of(training_job(task, space, values, output))
+        run = RunFolder.of(training_job(task, space, values))
     except ConfigError:
         return None
     return str(run.place) if run.history() else None

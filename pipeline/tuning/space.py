@@ -3,9 +3,8 @@
 A space is Python: ``JOB`` (classifier, localization, dino, detector), or instead of it a function
 ``run(values, report) -> float``; ``METRIC`` and ``MODE`` (max, min); ``SPACE`` from dotted settings
 to Ray Tune's domains; perhaps ``GRID`` (settings to lists; several such grids in a list),
-``CONDITIONS`` (a setting to another one and the values of it under which it counts), ``PICK``
-(``best`` or ``last``: which epoch a trial is judged by) and ``MUTABLE`` (settings that may change
-while a run trains: no shape of a network may depend on them; population.py turns them).
+``CONDITIONS`` (a setting to another one and the values of it under which it counts) and ``PICK``
+(``best`` or ``last``: which epoch a trial is judged by).
 
 Ray's domains are read by what they hold, so Ray is not imported here. To support another kind of
 domain: a case in ``_knob``.
@@ -95,7 +94,6 @@ class Space:
     grids: Sequence[Mapping[str, Sequence[Any]]]
     conditions: Mapping[str, tuple[str, tuple[Any, ...]]]
     run: Callable[..., Any] | None
-    mutable: tuple[str, ...] = ()
 
     def values(self, choose: Callable[[str, Knob], Any]) -> Values:
         """One value for each knob that counts; those that others depend on are chosen first."""
@@ -190,10 +188,8 @@ def space_of(source: str, name: str) -> Space:
             for knob, (above, allowed) in found.get("CONDITIONS", {}).items()
         },
         run=run,
-        mutable=_mutable(found.get("MUTABLE", ())),
     )
     _refuse_circles(space)
-    _refuse_unchangeable(space)
     return space
 
 
@@ -209,24 +205,6 @@ def _refuse_circles(space: Space) -> None:
             name, steps = space.conditions[name][0], steps + 1
             if steps > len(space.conditions):
                 raise ConfigError(f"--space {space.name}: the condition of {start} is on itself")
-
-
-def _mutable(names: str | Sequence[str]) -> tuple[str, ...]:
-    return (names,) if isinstance(names, str) else tuple(names)
-
-
-def _refuse_unchangeable(space: Space) -> None:
-    for name in space.mutable:
-        if name not in space.knobs:
-            raise ConfigError(
-                f"--space {space.name}: MUTABLE must name knobs of SPACE, which has no {name}"
-            )
-    for name, (above, _) in space.conditions.items():
-        if above in space.mutable and name in space.knobs and name not in space.mutable:
-            raise ConfigError(
-                f"--space {space.name}: {name} depends on {above}, which is MUTABLE, so it must be "
-                "MUTABLE too"
-            )
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -27,31 +27,12 @@ from pipeline.lease import Lease
 from pipeline.storage import Location
 from pipeline.tuning.space import Space, Values
 
-TrialStatus = Literal["ok", "part", "stopped", "failed"]
+TrialStatus = Literal["ok", "stopped", "failed"]
 
 DEFAULT_SAMPLES = 16
-"""Trials, where nobody said how many; or members of a population."""
+"""Trials, where nobody said how many."""
 
 _SETTINGS, _BASE = "sweep.yaml", "base.yaml"
-
-
-@dataclass(frozen=True)
-class Segment:
-    """The place of a trial that trains a member of a population for some epochs (population.py).
-
-    Attributes:
-        member: of the population, from 1.
-        generation: from 1.
-        parent: number of the trial whose checkpoints it begins with; None in the first generation.
-        after: epochs that were trained before it.
-        until: the last epoch that it trains, from 1.
-    """
-
-    member: int
-    generation: int
-    parent: int | None
-    after: int
-    until: int
 
 
 @dataclass(frozen=True)
@@ -61,7 +42,6 @@ class Proposal:
     number: int
     id: str
     values: Values
-    segment: Segment | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -69,8 +49,7 @@ class Trial(Proposal):
     """A trial that has ended.
 
     Attributes:
-        status: ok, part (its generation is over, and later segments go on), stopped (by a
-            scheduler, behind others), or failed.
+        status: ok, stopped (by a scheduler, behind others), or failed.
         metric: what it is judged by; None where it never got there.
         seconds: that it took, since the last start.
         reason: why it failed.
@@ -88,11 +67,11 @@ class Trial(Proposal):
     numbers: dict[str, float] = field(default_factory=dict)
 
 
-def proposal(number: int, values: Values, segment: Segment | None = None) -> Proposal:
+def proposal(number: int, values: Values) -> Proposal:
     """The trial of that number; its name says where it comes, and hashes its values."""
     # As it will be read again, which makes lists of tuples.
     plain = json.loads(json.dumps(values))
-    return Proposal(number, f"{number:04d}-{config_hash(plain)[:8]}", plain, segment=segment)
+    return Proposal(number, f"{number:04d}-{config_hash(plain)[:8]}", plain)
 
 
 class SweepFolder:
@@ -152,10 +131,10 @@ class SweepFolder:
             return job, None
         if not exists:
             raise ConfigError(f"--resume {job.resume}: there is no sweep in {self.place}")
-        kept = self._read_yaml(_SETTINGS)
-        self._proposals = [Proposal(**_read(one)) for one in self._lines("proposals.jsonl")]
-        self._trials = [Trial(**_read(one)) for one in self._lines("trials.jsonl")]
-        return _resumed(job, space, kept), self._read_yaml(_BASE)
+        settled = _resumed(job, space, _without_population(job, self._read_yaml(_SETTINGS)))
+        self._proposals = [Proposal(**one) for one in self._lines("proposals.jsonl")]
+        self._trials = [Trial(**one) for one in self._lines("trials.jsonl")]
+        return settled, self._read_yaml(_BASE)
 
     def begin(self, job: TuneJob, space: Space, base: dict[str, Any]) -> None:
         """Write what a resume needs; the settings last, for a folder that has them is a sweep.
@@ -198,11 +177,13 @@ class SweepFolder:
         if file.kind() == "missing":
             return []
         try:
-            return [json.loads(line) for line in file.read_bytes().splitlines()]
+            lines = [json.loads(line) for line in file.read_bytes().splitlines()]
         except (OSError, ValueError) as fault:
             raise StorageError(
                 f"{file} is damaged ({fault}); begin the sweep anew under another --name"
             ) from fault
+        # Earlier versions told of each trial that it was no segment of a population.
+        return [{name: one[name] for name in one if name != "segment"} for one in lines]
 
     def _read_yaml(self, name: str) -> dict[str, Any]:
         file = self.place.child(name)
@@ -213,12 +194,6 @@ class SweepFolder:
         if not isinstance(values, dict):
             raise StorageError(f"{file} is no sweep's; begin another with --name")
         return values
-
-
-def _read(line: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a line; sweeps without a population have no segments."""
-    segment = line.get("segment")
-    return {**line, "segment": None if segment is None else Segment(**segment)}
 
 
 def sweep_name(job: TuneJob, space: Space) -> str:
@@ -253,6 +228,20 @@ def _space_hash(space: Space) -> str:
     return config_hash({"source": space.source})
 
 
+def _without_population(job: TuneJob, kept: dict[str, Any]) -> dict[str, Any]:
+    """Settings kept by an earlier version, without those of the scheduler that went.
+
+    Raises:
+        ConfigError: the sweep was that scheduler's.
+    """
+    if kept.get("scheduler") == "pbt":
+        raise ConfigError(
+            f"--resume {job.resume}: population based training (--scheduler pbt) is not "
+            "offered any more; begin another sweep with --name, perhaps with --scheduler asha"
+        )
+    return {name: value for name, value in kept.items() if name != "perturb_epochs"}
+
+
 def _resumed(job: TuneJob, space: Space, kept: dict[str, Any]) -> TuneJob:
     """The job with the settings that its sweep began with; others must not contradict them.
 
@@ -277,11 +266,6 @@ def _resumed(job: TuneJob, space: Space, kept: dict[str, Any]) -> TuneJob:
                 f"{flag} must stay {value} in a sweep that goes on, got {asked[name]}; leave it "
                 "out, or begin another sweep with --name"
             )
-    if kept.get("scheduler") == "pbt" and job.num_samples not in (None, num_samples):
-        raise ConfigError(
-            f"--num-samples must stay {num_samples or DEFAULT_SAMPLES} in a population that goes "
-            f"on, got {job.num_samples}; leave it out, or begin another sweep with --name"
-        )
     return TuneJob.model_validate(
         {**job.model_dump(), **kept, "num_samples": job.num_samples or num_samples}
     )

@@ -1,5 +1,6 @@
 """DRLoc beside the labels: it changes nothing else, and nobody can tell how the work was shared."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ from pipeline.classification.setup import build_objective
 from pipeline.classification.task import ClassInputs, SupervisedTask
 from pipeline.config import ClassifierConfig, DataConfig, DRLocConfig, TrainClassifierJob
 from pipeline.data.loader import Batch, LoaderOptions, ShardedBatchSampler, train_loader
+from pipeline.errors import TrainingDiverged
 from pipeline.training.loop import Hooks, LoopSettings, LoopState, StepKey, train
 from pipeline.training.optim import build_optimizer, parameter_groups
 from pipeline.training.workers import Workers
@@ -138,6 +140,71 @@ def run(
     train(task, state, settings, task.workers, hooks)
     hook.remove()
     return seen
+
+
+class SpoiltNoise(Noise):
+    """Of which one picture's tensor is no number anywhere."""
+
+    spoilt = 13
+
+    def image(self, index: int) -> Image.Image:
+        image = super().image(index)
+        image.info["spoilt"] = index == self.spoilt
+        return image
+
+
+@dataclass(frozen=True)
+class Spoiling:
+    """A transform that spoils the picture that says so."""
+
+    transform: Callable[[Image.Image], Tensor]
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        pixels_3HW = self.transform(image)
+        return pixels_3HW * math.nan if image.info["spoilt"] else pixels_3HW
+
+
+def diverged(workers: Workers, accumulate: int) -> str:
+    """What is told of a training that meets the spoilt picture."""
+    task = the_task(Choice(model=STILL_VIT, accumulate=accumulate), workers)
+    transform = Spoiling(train_transform(AugmentOptions(image_size=32, crop="pad")))
+    sampler = task.loader._batch_sampler
+    assert isinstance(sampler, ShardedBatchSampler)
+    task.loader = train_loader(SpoiltNoise(), transform, sampler=sampler, options=LoaderOptions())
+    with pytest.raises(TrainingDiverged) as complaint:
+        run(task, num_epochs=1, lr=0.01, detect_anomaly=True)
+    return str(complaint.value)
+
+
+def batch_of_the_spoilt() -> tuple[int, list[str]]:
+    """In epoch 0: its step, and what all its pictures are called."""
+    sampler = ShardedBatchSampler(NUM_IMAGES, batch_size=BATCH, seed=3, group=2)
+    batches = [[str(index) for _, index in keys] for keys in sampler]
+    return next(found for found in enumerate(batches) if str(SpoiltNoise.spoilt) in found[1])
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_an_anomaly_names_the_images_of_its_part_and_those_mixed_into_them(accumulate: int) -> None:
+    step, names = batch_of_the_spoilt()
+    if accumulate == 3:
+        # Parts of 4, 3 and 3, of which the middle ones share a mixed pair.
+        ends = [(0, 4), (4, 8), (6, 10)]
+        halves = [names[start:end] for start, end in ends]
+        names = next(half for half in halves if str(SpoiltNoise.spoilt) in half)
+    told = diverged(ALONE, accumulate)
+    assert told.startswith(f"loss or gradient is not finite at epoch 1, step {step} (cross_entr")
+    assert told.endswith(f"; images: {', '.join(names)}")
+
+
+def test_the_worker_that_finds_an_anomaly_names_its_own_images(pair: TwoWorkers) -> None:
+    _, names = batch_of_the_spoilt()
+    shares = [names[:4], names[4:]]
+    (finder,) = [rank for rank in range(2) if str(SpoiltNoise.spoilt) in shares[rank]]
+    first, second = pair.run(diverged, 1)
+    assert first == second
+    assert f"worker {finder}: " in first
+    assert f"worker {1 - finder}: " not in first
+    assert first.endswith(f"; images: {', '.join(shares[finder])}")
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:

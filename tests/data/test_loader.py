@@ -234,6 +234,7 @@ def test_a_bad_file_gives_way_to_the_next_of_its_class(bad: list[int], stand_in:
     assert set(stands_in) == set(bad)
     assert stands_in[bad[0]] == stand_in
     assert batch.labels_B.tolist() == [index % 4 for index in wanted]
+    assert list(batch.names) == [f"picture_{index}.png" for index in got]
     assert batch.num_replaced == len(bad)
 
 

@@ -3,13 +3,20 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
+from pipeline.config import TrainDetectorJob
+from pipeline.detection.run import train_detector_here
+from pipeline.detection.setup import set_up
 from pipeline.errors import DataError, TrainingDiverged
+from pipeline.runs.folder import RunFolder
 from pipeline.runs.life import Outside
+from pipeline.training.workers import Workers
 from tests.detection.runs import (
+    ALONE,
     Material,
     a_job,
     copy_of,
@@ -19,6 +26,7 @@ from tests.detection.runs import (
     write_material,
 )
 from tests.tables import write_table
+from tests.training.two_workers import two_workers
 
 
 @pytest.fixture(scope="module")
@@ -121,5 +129,65 @@ def test_an_absurd_learning_rate_ends_in_one_line_and_keeps_the_weights_before_i
     with pytest.raises(TrainingDiverged) as diverged:
         train(job)
     assert diverged.value.exit_code == 8
-    assert "loss or gradient is not finite at epoch 1, step" in str(diverged.value)
-    assert "\n" not in str(diverged.value)
+    told = str(diverged.value)
+    assert "loss or gradient is not finite at epoch 1, step" in told
+    assert told.endswith("command with --detect-anomaly meets this step again and names its images")
+    assert "\n" not in told
+
+
+SPOILT = 5
+
+
+def spoilt_job(material: Material, folder: Path, **changes: Any) -> tuple[TrainDetectorJob, str]:
+    """A job that weighs its boxes, and the image whose box weighs more than a loss can hold."""
+    mine = copy_of(material, folder)
+    rows = rows_of(mine)
+    rows[SPOILT].update(scores=[3e38])
+    write_table(mine.labels, rows)
+    job = a_job(mine, folder / "runs", detector={"weight_by_score": True}, **changes)
+    return job, rows[SPOILT]["uri"]
+
+
+def step_with(uri: str, job: TrainDetectorJob) -> tuple[int, list[str]]:
+    """The first step that has the image, and all its images."""
+    batches = set_up(job, ALONE).task.begin_epoch(0)
+    steps = [[one.name for one in batch.samples] for batch in batches]
+    return next(found for found in enumerate(steps) if uri in found[1])
+
+
+def test_the_same_command_with_detect_anomaly_meets_the_step_again_and_names_its_images(
+    material: Material, tmp_path: Path
+) -> None:
+    job, uri = spoilt_job(material, tmp_path)
+    watched = job.model_copy(update={"detect_anomaly": True})
+    assert RunFolder.of(watched) == RunFolder.of(job)
+    step, names = step_with(uri, job)
+    told = []
+    for one in (job, watched):
+        with pytest.raises(TrainingDiverged) as diverged:
+            train(one)
+        told.append(str(diverged.value))
+    plain, found = told
+    assert f"at epoch 1, step {step} (" in plain
+    assert found.split("; lower")[0] == plain.split("; lower")[0]
+    assert found.endswith(f"; images: {', '.join(names)}")
+
+
+def diverged_with(workers: Workers, job: TrainDetectorJob, folder: RunFolder) -> str:
+    with pytest.raises(TrainingDiverged) as diverged:
+        train_detector_here(job, folder, workers, Outside(lambda line: None))
+    return str(diverged.value)
+
+
+def test_of_two_workers_the_one_with_the_spoilt_box_names_its_images(
+    material: Material, tmp_path: Path
+) -> None:
+    job, uri = spoilt_job(material, tmp_path, detect_anomaly=True)
+    _, names = step_with(uri, job)
+    mine = next(half for half in (names[:2], names[2:]) if uri in half)
+    with two_workers(tmp_path) as pair:
+        first, second = pair.run(diverged_with, job, RunFolder.of(job))
+    assert first == second
+    assert f"worker {int(mine == names[2:])}: " in first
+    assert f"worker {int(mine == names[:2])}: " not in first
+    assert first.endswith(f"; images: {', '.join(mine)}")

@@ -131,6 +131,25 @@ def test_a_loss_that_is_not_finite_ends_ray_workers_at_once_with_code_8(
     assert done.returncode == 8, done.stderr
     (line,) = done.stderr.strip().splitlines()[-1:]
     assert line.startswith("TrainingDiverged: loss or gradient is not finite at epoch")
+    advised = "the same command with --detect-anomaly meets this step again and names its images"
+    assert line.endswith(advised)
+
+
+def test_the_same_command_with_detect_anomaly_names_the_images_of_the_same_step(
+    pictures: Path, tmp_path: Path
+) -> None:
+    flags = ("--num-workers", "0", "--optim.lr", "1e30", "--optim.clip", "0", "--batch-size", "30")
+    told = []
+    for more in ((), ("--detect-anomaly",)):
+        done = training.run(pictures, tmp_path / "nan", *flags, *more)
+        assert done.returncode == 8, done.stderr
+        told.append(done.stderr.strip().splitlines()[-1])
+    plain, found = told
+    assert found.partition(";")[0] == plain.partition(";")[0]
+    names = found.rpartition("; images: ")[2].split(", ")
+    assert names[-1] == "... and 10 more"
+    assert len(set(names)) == 21
+    assert all((pictures / name).is_file() for name in names[:-1]), names
 
 
 def test_more_workers_than_cores_are_refused_with_the_remedy(

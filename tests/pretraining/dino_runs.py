@@ -68,6 +68,7 @@ class Choice:
     lr: float = 0.3
     precision: str = "fp32"
     total_epochs: int = 3
+    detect_anomaly: bool = False
 
 
 def an_objective(choice: Choice) -> DINOObjective:
@@ -159,6 +160,7 @@ class Run:
             weight_decay=partial(cosine, start=0.04, end=0.4, total_steps=steps),
             clip=3.0,
             precision=choice.precision,
+            detect_anomaly=choice.detect_anomaly,
         )
         hooks = Hooks(
             on_epoch_end=lambda epoch, numbers: self.history.append(numbers),

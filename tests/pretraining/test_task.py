@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.data.loader import Batch
+from pipeline.data.loader import Batch, LoaderOptions, ShardedBatchSampler, train_loader
+from pipeline.errors import TrainingDiverged
+from pipeline.pretraining.images import random_square
 from pipeline.pretraining.task import Crops, DINOObjective, DINOTask
 from pipeline.pretraining.views import MultiCropOptions
 from pipeline.training.loop import StepKey
@@ -22,9 +25,11 @@ from tests.losses.slow_dino import slow_terms
 from tests.pretraining.dino_runs import (
     ALONE,
     BATCH,
+    NUM_IMAGES,
     PROTOTYPES,
     STEPS_PER_EPOCH,
     Choice,
+    Noise,
     Run,
     a_task,
     an_objective,
@@ -371,3 +376,62 @@ def test_without_local_views_global_ones_teach_each_other() -> None:
     assert math.isfinite(run.history[0]["train/dino"])
     student = of(run.weights[-1], "student"), of(run.weights[0], "student")
     assert largest_difference(*student) > 1e-3
+
+
+SPOILT = 17
+
+
+class SpoiltNoise(Noise):
+    """Of which one picture says that it is to be spoilt."""
+
+    def image(self, index: int) -> Image.Image:
+        image = super().image(index)
+        image.info["spoilt"] = index == SPOILT
+        return image
+
+
+def spoiling_square(image: Image.Image) -> Tensor:
+    """A square as a task takes it, no number anywhere in the spoilt picture."""
+    pixels_3HW = random_square(image, side=18).float()
+    return pixels_3HW * math.nan if image.info["spoilt"] else pixels_3HW
+
+
+def diverged(workers: Workers, accumulate: int) -> str:
+    """What is told of a training that meets the spoilt picture."""
+    training = Run(Choice(accumulate=accumulate, detect_anomaly=True), workers)
+    sampler = training.task.loader._batch_sampler
+    assert isinstance(sampler, ShardedBatchSampler)
+    training.task.loader = train_loader(
+        SpoiltNoise(), spoiling_square, sampler=sampler, options=LoaderOptions()
+    )
+    with pytest.raises(TrainingDiverged) as complaint:
+        training.until(1)
+    return str(complaint.value)
+
+
+def batch_of_the_spoilt() -> tuple[int, list[str]]:
+    """In epoch 0: its step, and what all its pictures are called."""
+    sampler = ShardedBatchSampler(NUM_IMAGES, batch_size=BATCH, seed=Choice.seed)
+    batches = [[str(index) for _, index in keys] for keys in sampler]
+    return next(found for found in enumerate(batches) if str(SPOILT) in found[1])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_an_anomaly_names_the_images_of_its_part(accumulate: int) -> None:
+    step, names = batch_of_the_spoilt()
+    if accumulate == 2:
+        names = next(half for half in (names[:4], names[4:]) if str(SPOILT) in half)
+    told = diverged(ALONE, accumulate)
+    assert told.startswith(f"loss or gradient is not finite at epoch 1, step {step} (dino=nan")
+    assert told.endswith(f"; images: {', '.join(names)}")
+
+
+def test_the_worker_that_finds_an_anomaly_names_its_own_images(pair: TwoWorkers) -> None:
+    _, names = batch_of_the_spoilt()
+    shares = [names[:3], names[3:]]
+    (finder,) = [rank for rank in range(2) if str(SPOILT) in shares[rank]]
+    first, second = pair.run(diverged, 1)
+    assert first == second
+    assert f"worker {finder}: " in first
+    assert f"worker {1 - finder}: " not in first
+    assert first.endswith(f"; images: {', '.join(shares[finder])}")

@@ -11,7 +11,6 @@ from pipeline.reproduction.cells import (
     BoxesRecipe,
     Cell,
     ClassifierRecipe,
-    Cost,
     DetectorRecipe,
     Run,
 )
@@ -23,7 +22,7 @@ from pipeline.storage import Location
 from tests.evaluation.annotated import truth
 from tests.tables import label_row, write_table
 
-CLASSIFIER = ClassifierRecipe("cifar10", {}, "small-swin")
+CLASSIFIER = ClassifierRecipe("cifar10", {})
 
 
 def trained(
@@ -38,7 +37,7 @@ def trained(
             metrics = {"test/accuracy_selected": accuracies[seed]}
             place.write_text(json.dumps({"metrics": metrics}))
         result = Location.parse(str(place))
-        runs.append(Run(f"{name}-{seed}", "train_classifier", {}, result, Cost(1, 1)))
+        runs.append(Run(f"{name}-{seed}", "train_classifier", {}, result))
     return tuple(runs)
 
 
@@ -102,7 +101,7 @@ def labelled(folder: Path, hits: list[bool]) -> Run:
         for number, hit in enumerate(hits)
     ]
     place = write_table(folder, rows)
-    return Run(folder.name, "label_images", {}, place.child("_MANIFEST.json"), Cost(1, 1))
+    return Run(folder.name, "label_images", {}, place.child("_MANIFEST.json"))
 
 
 def photos(count: int) -> Photos:

@@ -1,5 +1,6 @@
 """Which runs a table is, which of them are shared, and what is missing."""
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,8 @@ from typing import Any
 import pytest
 
 from pipeline.errors import DataError
-from pipeline.reproduction.cells import ClassifierRecipe
-from pipeline.reproduction.estimate import ONE_CORE, Speed, classifier_cost
 from pipeline.reproduction.inputs import AtHand
-from pipeline.reproduction.plan import Choices, Plan, plan_cells
+from pipeline.reproduction.plan import Choices, Plan, expected_seconds, plan_cells
 from pipeline.reproduction.tables import TABLES, TableSize
 from pipeline.storage import Location
 
@@ -25,7 +24,6 @@ def planned(
         output=Location.parse(str(folder / "out")),
         at_hand=at_hand,
         num_seeds=more.pop("num_seeds", 3),
-        speed=ONE_CORE,
         training={"num_workers": 0},
         **more,
     )
@@ -111,11 +109,14 @@ def test_a_place_that_is_not_there_is_refused(tmp_path: Path) -> None:
         planned("drloc-2a", tmp_path, at_hand=at_hand)
 
 
-def test_reckoned_hours_follow_epochs_and_speed() -> None:
-    values = {"data": {"train_per_class": 100, "validation_fraction": 0.0}, "epochs": 10}
-    recipe = ClassifierRecipe("cifar10", values, "small-swin")
-    cost = classifier_cost(recipe, values, Speed(0.01, 1))
-    # 10 epochs of 1,000 images, three times a forward pass; the test images twice at the end.
-    assert cost.seconds == pytest.approx(2e9 * 0.0143 * (3 * 10_000 + 20_000) / 1e10)
-    twice = classifier_cost(recipe, {**values, "epochs": 20, "stop_after": 10}, Speed(0.005, 1))
-    assert twice.seconds == pytest.approx(2 * cost.seconds)
+def test_hours_are_told_of_training_runs_whose_other_seeds_were_measured(tmp_path: Path) -> None:
+    plan = planned("drloc-2a", tmp_path, "cifar10")
+    assert expected_seconds(plan.runs) == {}
+    row = plan.cells[1]
+    for run, seconds in zip(row.runs[:2], (10.0, 20.0), strict=True):
+        history = run.folder.child("history.jsonl")
+        epochs = [{"epoch": 1, "seconds": seconds}, {"epoch": 2, "seconds": 3.0}]
+        history.write_bytes("".join(json.dumps(one) + "\n" for one in epochs).encode())
+        assert expected_seconds(plan.runs).keys() <= {row.runs[2].name, row.runs[1].name}
+        run.result.write_bytes(b"{}")
+    assert expected_seconds(plan.runs) == {row.runs[2].name: 18.0}

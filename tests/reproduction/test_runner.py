@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.reproduction.cells import Cost, Run
+from pipeline.reproduction.cells import Run
 from pipeline.reproduction.runner import Runner
 from pipeline.storage import Location
 from tests.conftest import ROOT
@@ -51,7 +51,7 @@ def run(folder: Path, name: str, *after: str, fails: bool = False, others: int =
         "fails": fails,
         "others": others,
     }
-    return Run(name, "work", values, Location.parse(str(result)), Cost(1, 1), after)
+    return Run(name, "work", values, Location.parse(str(result)), after)
 
 
 def runner(jobs: Path, told: list[str], num_parallel: int = 1) -> Runner:

@@ -68,6 +68,10 @@ def batch_indices(epoch: int) -> Iterator[Tensor]:
     yield from torch.split(order_N, NUM_GLOBAL)
 
 
+def name_of(example: int) -> str:
+    return f"example {example:02d}"
+
+
 def learning_rate(step: int) -> float:
     """Up and down, so that a step that took its neighbour's is seen."""
     return 0.01 * (1 + step % 4) + 0.001 * step
@@ -103,10 +107,13 @@ class TinyTask:
         start, sizes = starts[self.workers.rank], self.cuts[self.workers.rank]
         ends = [start + end for end in accumulate(sizes)]
         added = [self.added.get(key.step, 0.0) if end == NUM_GLOBAL else 0.0 for end in ends]
-        return [
-            Part((inputs_BD[end - size : end], labels_B[end - size : end], more), size, NUM_GLOBAL)
-            for size, end, more in zip(sizes, ends, added, strict=True)
-        ]
+        names = [name_of(example) for example in batch.tolist()]
+        parts = []
+        for size, end, more in zip(sizes, ends, added, strict=True):
+            mine = slice(end - size, end)
+            inputs = (inputs_BD[mine], labels_B[mine], more)
+            parts.append(Part(inputs, size, NUM_GLOBAL, names[mine]))
+        return parts
 
     def losses(self, network: nn.Module, part: Part) -> Losses:
         inputs_BD, labels_B, added = part.inputs

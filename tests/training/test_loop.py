@@ -4,6 +4,7 @@ import copy
 import io
 import itertools
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,14 +14,17 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import TrainingDiverged
-from pipeline.training.loop import Hooks, LoopSettings, StepFault, StepKey, seed_epoch, train
+from pipeline.training.anomalies import Anomaly, AnomalyWatch
+from pipeline.training.loop import Hooks, LoopSettings, StepKey, seed_epoch, train
 from pipeline.training.workers import Workers
 from tests.training.loop_runs import ALONE, CLIP, keeping, same_bits, settings
 from tests.training.slow_loop import (
     NUM_GLOBAL,
     STEPS_PER_EPOCH,
     TinyTask,
+    batch_indices,
     learning_rate,
+    name_of,
     tiny_network,
     tiny_state,
     train_slowly,
@@ -178,34 +182,35 @@ class Fall:
     """What a training that ended in TrainingDiverged left."""
 
     complaint: str
-    faults: list[StepFault]
     steps: list[int]
     untouched: bool
     """Whether weights, average and moments are as after the last good step."""
 
 
 def run_into_fault(
-    workers: Workers, cuts: Cuts, spoiled: dict[int, float], added: dict[int, float]
+    workers: Workers,
+    cuts: Cuts,
+    spoiled: dict[int, float],
+    added: dict[int, float],
+    detect_anomaly: bool = False,
 ) -> Fall:
     network = tiny_network()
     state = tiny_state(network)
-    fall = Fall("", [], [], False)
+    fall = Fall("", [], False)
     kept: list[dict[str, Any]] = []
-
-    def keep_fault(fault: StepFault) -> str:
-        fall.faults.append(fault)
-        return "KEPT SOMEWHERE"
 
     def keep_step(key: StepKey, num_images: int) -> None:
         assert num_images == NUM_GLOBAL
         fall.steps.append(key.step)
         kept.append(copy.deepcopy(state.state_dict()))
 
-    hooks = Hooks(lambda epoch, numbers: None, keep_step, keep_fault)
+    hooks = Hooks(lambda epoch, numbers: None, keep_step)
     task = TinyTask(network, workers, cuts, spoiled=spoiled, added=added)
+    told = settings(detect_anomaly=detect_anomaly)
     with pytest.raises(TrainingDiverged) as complaint:
-        train(task, state, settings(), workers, hooks)
+        train(task, state, told, workers, hooks)
     fall.complaint = str(complaint.value)
+    assert "\n" not in fall.complaint
     fall.untouched = same_bits(_without_rates(kept[-1]), _without_rates(state.state_dict()))
     return fall
 
@@ -214,39 +219,127 @@ def _without_rates(state: Mapping[str, Any]) -> dict[str, Any]:
     return {**state, "optimizer": state["optimizer"]["state"]}
 
 
-def are_finite(fault: StepFault) -> bool:
-    return all(math.isfinite(one) for losses in fault.losses for one in losses.values())
+AT_STEP_4 = "loss or gradient is not finite at epoch 2, step 4 ("
 
 
 # An infinite input makes the gradient NaN though tanh of it, and so the loss, is finite; an
 # infinite summand leaves the gradient finite.
 @pytest.mark.parametrize("spoiled", [{4: math.nan}, {4: math.inf}, {}])
 @pytest.mark.parametrize("cut", [[8], [4, 4]])
+@pytest.mark.parametrize("detect_anomaly", [False, True])
 def test_a_loss_or_gradient_that_is_not_finite_stops_before_any_weight_moved(
-    spoiled: dict[int, float], cut: Sequence[int]
+    spoiled: dict[int, float], cut: Sequence[int], detect_anomaly: bool
 ) -> None:
     added = {} if spoiled else {4: math.inf}
-    fall = run_into_fault(ALONE, [cut], spoiled, added)
+    fall = run_into_fault(ALONE, [cut], spoiled, added, detect_anomaly)
     assert fall.steps == [0, 1, 2, 3]
     assert fall.untouched
-    assert [(fault.key, len(fault.parts)) for fault in fall.faults] == [(StepKey(1, 4), len(cut))]
-    assert "step 4" in fall.complaint
-    assert "KEPT SOMEWHERE" in fall.complaint
-    assert "\n" not in fall.complaint
+    assert fall.complaint.startswith(AT_STEP_4)
+    advised = "the same command with --detect-anomaly meets this step again and names its images"
+    assert fall.complaint.endswith(advised) is not detect_anomaly
+
+
+def names_at_step_4() -> list[str]:
+    return [name_of(example) for example in list(batch_indices(1))[1].tolist()]
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "added", "losses", "operation"),
+    [
+        ({4: math.nan}, {}, "fit=nan small=nan", "PowBackward0 of forward "),
+        # An infinite summand leaves the gradient as it is.
+        ({}, {4: math.inf}, "fit=inf", None),
+    ],
+)
+def test_an_anomaly_is_told_with_its_operation_and_the_images_of_its_part(
+    spoiled: dict[int, float], added: dict[int, float], losses: str, operation: str | None
+) -> None:
+    complaint = run_into_fault(ALONE, [[3, 5]], spoiled, added, detect_anomaly=True).complaint
+    assert complaint.endswith("; images: " + ", ".join(names_at_step_4()[3:]))
+    assert losses in complaint
+    place = r"the gradient ceased to be finite in (.*)\(training/slow_loop.py:\d+\); images: "
+    found = re.search(place, complaint)
+    assert operation == (found and found[1])
+
+
+def test_an_infinite_gradient_of_a_finite_loss_is_found_and_where_it_was_called() -> None:
+    watch, weight = AnomalyWatch(), torch.tensor([0.0, 1.0], requires_grad=True)
+    with torch.autograd.set_detect_anomaly(True, check_nan=False):
+        loss = ((weight * 2).sqrt() + 1).sum()
+    watch.add(loss, {"loss": loss}, ["a"])
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert watch.all_losses_finite
+    (found,) = watch.first_met(ALONE).values()
+    assert found.losses == {"loss": pytest.approx(math.sqrt(2) + 2)}
+    assert found.operation.startswith("SqrtBackward0 of test_an_infinite_gradient")
+    assert "(training/test_loop.py:" in found.operation
 
 
 @pytest.mark.parametrize("spoiled", [{4: math.nan}, {}])
+@pytest.mark.parametrize("detect_anomaly", [False, True])
 def test_a_fault_on_one_worker_stops_both_before_any_weight_moved(
-    pair: TwoWorkers, spoiled: dict[int, float]
+    pair: TwoWorkers, spoiled: dict[int, float], detect_anomaly: bool
 ) -> None:
     # The last input lies on worker 1, in the last of its parts.
     cuts = ((2, 2), (3, 1))
-    falls = pair.run(run_into_fault, cuts, spoiled, {} if spoiled else {4: math.inf})
+    added = {} if spoiled else {4: math.inf}
+    falls = pair.run(run_into_fault, cuts, spoiled, added, detect_anomaly)
     for fall in falls:
         assert fall.steps == [0, 1, 2, 3]
         assert fall.untouched
-        assert [fault.key for fault in fall.faults] == [StepKey(1, 4)]
-    assert [are_finite(fall.faults[0]) for fall in falls] == [True, False]
+        assert fall.complaint.startswith(AT_STEP_4)
+    first, second = (fall.complaint for fall in falls)
+    if detect_anomaly:
+        # Whoever is heard tells of the one that found it.
+        assert first == second
+        assert first.endswith(f"images: {names_at_step_4()[-1]}")
+        assert "worker 1: " in first
+        assert "worker 0: " not in first
+    else:
+        lost = "fit=nan" if spoiled else "fit=inf"
+        assert [lost in first, lost in second] == [False, True]
+
+
+def test_a_gradient_too_large_only_as_a_whole_names_the_images_of_all_its_parts() -> None:
+    watch, weight = AnomalyWatch(), torch.ones(1, requires_grad=True)
+    for name in ("a", "b"):
+        loss = (weight * 2e38).sum()
+        watch.add(loss, {"loss": loss}, [name])
+        loss.backward()  # type: ignore[no-untyped-call]
+    assert weight.grad is not None
+    assert torch.nn.utils.get_total_norm([weight.grad]) == math.inf
+    assert watch.all_losses_finite
+    (found,) = watch.first_met(ALONE).values()
+    assert (found.operation, found.images) == ("", ["a", "b"])
+
+
+def test_many_images_are_not_all_told() -> None:
+    told = Anomaly({}, "", [str(number) for number in range(23)]).describe()
+    assert told.endswith("18, 19, ... and 3 more")
+    assert Anomaly({}, "", ["a"] * 20).describe().endswith("a, a")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_watching_for_anomalies_moves_no_weight(precision: str) -> None:
+    plain, watched = (
+        trained(ALONE, [[3, 5]], precision=precision, detect_anomaly=detect, gradient_norm_steps=2)
+        for detect in (False, True)
+    )
+    assert same_bits(plain[0], watched[0])
+    assert list(map(_without_speed, plain[1])) == list(map(_without_speed, watched[1]))
+
+
+def test_watching_for_anomalies_moves_no_weight_of_two_workers(pair: TwoWorkers) -> None:
+    cuts = ((2, 3), (3,))
+    plain, watched = (pair.run(_trained_watched, cuts, detect) for detect in (False, True))
+    for rank in range(2):
+        assert same_bits(plain[rank][0], watched[rank][0])
+
+
+def _trained_watched(
+    workers: Workers, cuts: Cuts, detect_anomaly: bool
+) -> tuple[dict[str, Any], list[dict[str, float]]]:
+    return trained(workers, cuts, detect_anomaly=detect_anomaly)
 
 
 @pytest.mark.parametrize("cut", [[8], [3, 5]])

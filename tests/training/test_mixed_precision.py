@@ -32,7 +32,11 @@ def test_bf16_computes_in_bf16_and_keeps_weights_in_fp32() -> None:
 
 
 def train_fp16(
-    scale: float, spoiled: dict[int, float] | None = None, num_epochs: int = 3
+    scale: float,
+    spoiled: dict[int, float] | None = None,
+    num_epochs: int = 3,
+    *,
+    detect_anomaly: bool = False,
 ) -> tuple[list[float], list[dict[str, Any]], list[dict[str, float]]]:
     """The loss scale and the state after each step, and the history."""
     network = tiny_network(torch.float32)
@@ -45,7 +49,8 @@ def train_fp16(
 
     hooks = Hooks(lambda epoch, numbers: history.append(numbers), keep_step)
     task = TinyTask(network, ALONE, spoiled=spoiled or {})
-    train(task, state, settings(num_epochs, precision="fp16"), ALONE, hooks)
+    told = settings(num_epochs, precision="fp16", detect_anomaly=detect_anomaly)
+    train(task, state, told, ALONE, hooks)
     assert network.computed_in == torch.float16
     return scales, states, history
 
@@ -76,6 +81,17 @@ def test_fp16_goes_on_bit_for_bit_with_its_scale() -> None:
     assert same_bits(begun.state_dict(), states[3])
 
 
-def test_fp16_ends_when_no_scale_helps() -> None:
-    with pytest.raises(TrainingDiverged):
-        train_fp16(1.0, dict.fromkeys(range(60), math.nan), num_epochs=20)
+@pytest.mark.parametrize("spoiled", [{}, {4: math.nan}])
+def test_a_step_that_fp16_leaves_out_is_no_anomaly(spoiled: dict[int, float]) -> None:
+    plain = train_fp16(2.0**20, spoiled)
+    watched = train_fp16(2.0**20, spoiled, detect_anomaly=True)
+    assert plain[0][0] < 2.0**20
+    assert same_bits(watched[:2], plain[:2])
+
+
+@pytest.mark.parametrize("detect_anomaly", [False, True])
+def test_fp16_ends_when_no_scale_helps(detect_anomaly: bool) -> None:
+    with pytest.raises(TrainingDiverged, match="example" if detect_anomaly else "detect-anomaly"):
+        train_fp16(
+            1.0, dict.fromkeys(range(60), math.nan), num_epochs=20, detect_anomaly=detect_anomaly
+        )

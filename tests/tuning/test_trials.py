@@ -1,9 +1,11 @@
 """What a sweep leaves on the disk is enough to go on with it, and nothing comes twice."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from pipeline.config.tuning import TuneJob
 from pipeline.errors import ConfigError, StorageError
@@ -105,6 +107,39 @@ def test_a_resume_may_ask_for_more_trials_but_not_for_another_space(tmp_path: Pa
     other = space_of(spaces.SCORED.replace("-1.0", "-2.0"), "scored")
     with pytest.raises(ConfigError, match="not the file that this sweep began with"):
         folder.settled(job(resume="s"), other)
+
+
+def kept_by_an_earlier_version(place: Path, **settings: Any) -> SweepFolder:
+    """A sweep of two trials, one of which has ended, as versions with populations left it."""
+    folder = begun(place, spaces.scored(), job(seed=4, num_samples=7))
+    for number in (1, 2):
+        folder.add_proposal(proposal(number, {"x": 0.1 * number}))
+    folder.add_trial(ended(1))
+    for name in ("proposals.jsonl", "trials.jsonl"):
+        lines = [json.loads(line) for line in (place / name).read_text().splitlines()]
+        told = [json.dumps({**line, "segment": None}) + "\n" for line in lines]
+        (place / name).write_text("".join(told))
+    kept = yaml.safe_load((place / "sweep.yaml").read_text())
+    (place / "sweep.yaml").write_text(yaml.safe_dump({**kept, "perturb_epochs": 5, **settings}))
+    return SweepFolder(Location.parse(str(place)))
+
+
+def test_a_sweep_that_an_earlier_version_began_goes_on(tmp_path: Path) -> None:
+    folder = kept_by_an_earlier_version(tmp_path / "s")
+    settled, base = folder.settled(job(resume="s"), spaces.scored())
+    assert (settled.seed, settled.num_samples) == (4, 7)
+    assert base == {"epochs": 3, "stages": [1, 2]}
+    assert folder.trials == (ended(1),)
+    assert [one.number for one in folder.unfinished] == [2]
+
+
+def test_a_population_that_an_earlier_version_began_is_refused_in_one_line(tmp_path: Path) -> None:
+    folder = kept_by_an_earlier_version(tmp_path / "s", scheduler="pbt")
+    before = {file: file.read_bytes() for file in (tmp_path / "s").iterdir()}
+    with pytest.raises(ConfigError, match=r"--resume s: population based .* asha") as refusal:
+        folder.settled(job(resume="s"), spaces.scored())
+    assert "\n" not in str(refusal.value)
+    assert {file: file.read_bytes() for file in (tmp_path / "s").iterdir()} == before
 
 
 def test_to_resume_what_is_not_there_is_refused(tmp_path: Path) -> None:
