@@ -170,8 +170,13 @@ def sign_flip_p(difference_S: Floats) -> float | None:
     """
     if not 2 <= difference_S.size <= MOST_SEEDS_FLIPPED:
         return None
+    # As many resamples as there can be patterns, and SciPy takes each pattern once.
     test = stats.permutation_test(
-        (difference_S,), np.sum, permutation_type="samples", n_resamples=np.inf, vectorized=True
+        (difference_S,),
+        np.sum,
+        permutation_type="samples",
+        n_resamples=2**MOST_SEEDS_FLIPPED,
+        vectorized=True,
     )
     # Not SciPy's own p-value: where the sum should be 0 but for rounding, it misses equal ones.
     return float(np.mean(np.abs(test.null_distribution) >= abs(test.statistic) - _SAME))

@@ -1,8 +1,8 @@
-"""Rows of cells -> a Markdown table for people, or CSV for programs and spreadsheets.
+r"""Rows of cells -> a Markdown table for people, or CSV for programs and spreadsheets.
 
     markdown_table(["row", "ours"], [["a|b", 62.5]], right=[1])  ->  | row | ours |
                                                                      | --- | ---: |
-                                                                     | a\\|b | 62.5 |
+                                                                     | a\|b | 62.5 |
 
 Cells may hold text that came from outside, such as names of files and classes: it can neither end
 a cell nor become a formula.
@@ -36,10 +36,10 @@ def markdown_table(
 
 
 def csv_table(titles: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:
-    """The table with a head and lines that end in ``\\n``; None is an empty cell.
+    """The table with a head; None is an empty cell, and lines end in a line feed alone.
 
     A text that a spreadsheet would run as a formula gets an apostrophe in front; numbers do not,
-    nor does a text of numbers with spaces between. Lines within a text end in ``\\n`` too.
+    nor does a text of numbers with spaces between.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

@@ -16,14 +16,18 @@ from rich.console import Console
 from pipeline.config import EvaluateJob
 from pipeline.config.settings import flatten
 from pipeline.errors import ConfigError, StorageError
-from pipeline.evaluation.ap_report import precision_recall_png, print_detection_report
 from pipeline.evaluation.evaluate_detections import (
     DetectionEvaluation,
     DetectionOptions,
     coco_results,
 )
 from pipeline.evaluation.one_box import Evaluation, evaluate_boxes
-from pipeline.evaluation.report import as_json, print_report
+from pipeline.evaluation.report import (
+    as_json,
+    precision_recall_png,
+    print_detection_report,
+    print_report,
+)
 from pipeline.evaluation.worst_cases import worst_cases_png
 from pipeline.storage import Location
 from pipeline.tracking.tracker import OFF, start_tracker

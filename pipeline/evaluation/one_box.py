@@ -35,8 +35,7 @@ from pipeline.evaluation.evaluate_detections import (
     DetectionOptions,
     evaluate_detections,
 )
-from pipeline.evaluation.matching import match
-from pipeline.evaluation.predictions import Prediction, describe_labels, read_predictions
+from pipeline.evaluation.predictions import Prediction, describe_labels, match, read_predictions
 from pipeline.storage import Location
 
 # Side fractions of the boxes that need no method at all.

@@ -24,9 +24,9 @@ from pipeline.drawing.images import (
     contact_sheet,
     draw_box,
 )
-from pipeline.evaluation.ap_report import RULES
 from pipeline.evaluation.average_precision import Matches
 from pipeline.evaluation.evaluate_detections import DetectionEvaluation
+from pipeline.evaluation.report import RULES
 
 MISSED, TRUE, FALSE = (255, 159, 28), (64, 224, 128), (255, 82, 82)
 """Colours of objects that no box found, of boxes that found one, and of false boxes."""

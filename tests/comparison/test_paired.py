@@ -1,4 +1,4 @@
-"""Paired runs: the statistics against textbook formulas and slow loops, the pairing against hand-made cases."""
+"""Paired runs: statistics against textbook and slow loops, pairing by hand-made cases."""
 
 import itertools
 import math

@@ -12,7 +12,6 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from pipeline.data.ground_truth import GroundTruth
-from pipeline.evaluation.ap_report import detection_json, precision_recall_png
 from pipeline.evaluation.evaluate_detections import (
     KNOWN_SETS,
     DetectionEvaluation,
@@ -23,6 +22,7 @@ from pipeline.evaluation.evaluate_detections import (
     image_ids,
 )
 from pipeline.evaluation.predictions import Detections, Prediction
+from pipeline.evaluation.report import detection_json, precision_recall_png
 from tests.evaluation.annotated import found, truth
 
 A, B = [0, 0, 20, 20], [30.5, 30, 60, 60]

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from pipeline.comparison.compare_runs import compare_runs
+from pipeline.comparison.report import compare_runs
 from pipeline.errors import ConfigError
 from tests.conftest import ROOT
 from tests.jobs.conftest import run_script
 
 METRIC = "test/accuracy_selected"
-run = partial(run_script, ROOT / "jobs" / "comparison/compare_runs.py", COLUMNS="80")
+run = partial(run_script, ROOT / "jobs" / "compare_runs.py", COLUMNS="80")
 
 
 def summary(seed: int, weight: float, value: float, finished: bool = True) -> dict[str, Any]:
