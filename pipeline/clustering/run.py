@@ -279,7 +279,10 @@ def _vectors(boxes: TableBoxes, network: ClassTokens, job: ClusterJob) -> NDArra
 
 
 def _versions() -> dict[str, str]:
-    names = ("patchseed", "torch", "torchvision", "timm", "pyarrow", "pillow", "scipy", "numpy")
+    names = (
+        *("patchseed", "torch", "torchvision", "timm", "pyarrow", "pillow"),
+        *("scikit-learn", "scipy", "numpy"),
+    )
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
