@@ -219,7 +219,9 @@ _PANELS: tuple[tuple[Callable[[_Recorded, Axes], None], str], ...] = (
 )
 
 
-def _line(run: _Recorded, axes: Axes, name: str, label: str, colour: str, dashes: str = "-") -> None:
+def _line(
+    run: _Recorded, axes: Axes, name: str, label: str, colour: str, dashes: str = "-"
+) -> None:
     """Draw a curve where there is one; an empty label leaves it out of the legend."""
     epochs, values = run.curve(name)
     if epochs:

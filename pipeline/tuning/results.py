@@ -57,6 +57,7 @@ def importance_png(weights: Mapping[str, float], metric: str) -> bytes:
 
 
 def _slice(axes: Axes, space: Space, name: str, trials: Sequence[Trial]) -> None:
+    quiet(axes, "both", frame=True)
     knob = space.knobs.get(name)
     seen = [one.values[name] for one in trials if name in one.values]
     numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in seen)
@@ -80,7 +81,6 @@ def _slice(axes: Axes, space: Space, name: str, trials: Sequence[Trial]) -> None
     elif isinstance(knob, Span) and knob.log:
         axes.set_xscale("log")
     axes.set_xlabel(name, fontsize=8)
-    quiet(axes, "both", frame=True)
 
 
 SHOWN = 10
