@@ -9,8 +9,7 @@ from collections.abc import Container, Iterator
 from operator import attrgetter
 from typing import Any, TypeVar
 
-from pipeline.config.settings import Place, Settings
-from pipeline.config.settings import TrainingJob
+from pipeline.config.settings import Place, Settings, TrainingJob
 from pipeline.data.labelled_folders import is_archive
 from pipeline.data.lake import Collection
 from pipeline.storage import Location

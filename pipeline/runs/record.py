@@ -1,7 +1,7 @@
 """What a run tells while it trains: lines for people, numbers for MLflow, a history for both.
 
-Only rank 0 has one. Nothing here can stop the training: MLflow may be away (tracking/tracker.py), and what
-is written to the run's folder is written again after the next epoch.
+Only rank 0 has one. Nothing here can stop the training: MLflow may be away (tracking/tracker.py),
+and what is written to the run's folder is written again after the next epoch.
 """
 
 import json
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import StorageError
-from pipeline.runs.folder import HISTORY, RunFolder
 from pipeline.progress import duration
+from pipeline.runs.folder import HISTORY, RunFolder
 from pipeline.tracking.tracker import Tracker, start_tracker
 from pipeline.training.loop import StepKey
 

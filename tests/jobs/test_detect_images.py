@@ -115,7 +115,7 @@ def test_the_table_can_be_measured(found: Path, photos: Path, tmp_path: Path) ->
         json.dumps({"images": images, "annotations": objects, "categories": categories})
     )
     done = run_script(
-        ROOT / "jobs" / "evaluation/evaluate_boxes.py",
+        ROOT / "jobs" / "evaluate_boxes.py",
         *("--labels", found, "--ground-truth", truth, "--num-resamples", 100),
     )
     assert done.returncode == 0, done.stderr

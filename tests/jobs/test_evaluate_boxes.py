@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 from tests.jobs.conftest import run_script
 from tests.tables import Row, label_row, write_table
 
-JOB = ROOT / "jobs" / "evaluation/evaluate_boxes.py"
+JOB = ROOT / "jobs" / "evaluate_boxes.py"
 
 run = partial(run_script, JOB, COLUMNS="80")
 

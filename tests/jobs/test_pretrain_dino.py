@@ -251,7 +251,7 @@ def test_the_labeller_takes_the_teacher_unnamed_and_finds_what_the_probe_found(
     assert manifest.weights_sha256 == hashlib.sha256(weights.read_bytes()).hexdigest()
     assert manifest.rows == 12
     truth = material.scenes / "instances.json"
-    evaluate = ROOT / "jobs" / "evaluation/evaluate_boxes.py"
+    evaluate = ROOT / "jobs" / "evaluate_boxes.py"
     measured = run_script(evaluate, "--labels", labels, "--ground-truth", truth)
     found = json.loads(measured.stdout.splitlines()[-1])
     assert found["hits"] == round(12 * summary(uninterrupted)["metrics"]["probe/corloc_last"])
