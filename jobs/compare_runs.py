@@ -15,7 +15,7 @@ def main(job: CompareJob) -> None:
     """Print the paired table, then the same numbers as one line of JSON."""
     import json
 
-    from pipeline.comparison.compare_runs import compare_runs
+    from pipeline.comparison.report import compare_runs
 
     numbers = compare_runs(
         experiment=job.experiment,

@@ -9,7 +9,7 @@ from tests.conftest import ROOT
 
 RAY_FREE = [
     "pipeline.boxes",
-    "pipeline.comparison.compare_runs",
+    "pipeline.comparison.report",
     "pipeline.clustering.kmeans",
     "pipeline.clustering.table_boxes",
     "pipeline.command_line",

@@ -12,13 +12,11 @@ import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
-from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.drawing.figures import DPI, FAINT, INK, PALE, png, title
+from pipeline.drawing.figures import FAINT, INK, PALE, new_figure, png, title
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,11 +74,7 @@ def confusion_picture(confusion: Confusion, classes: Sequence[str]) -> bytes:
     num_classes = len(names)
     numbered, named = num_classes <= _MOST_NUMBERED, num_classes <= _MOST_NAMED
     side = min(_MATRIX_INCHES, 2.6 + 0.36 * num_classes)
-    figure = Figure(
-        (side + 1.0 + (0 if numbered else _TEXT_INCHES), side),
-        dpi=DPI,
-        layout=ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.1),
-    )
+    figure = new_figure(side + 1.0 + (0 if numbered else _TEXT_INCHES), side)
     columns = figure.add_gridspec(
         1, 1 if numbered else 2, width_ratios=None if numbered else (side + 1.0, _TEXT_INCHES)
     )

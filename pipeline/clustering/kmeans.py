@@ -1,4 +1,4 @@
-"""Vectors -> clusters: k-means++ with restarts, and the k-means that LOST runs.
+"""Vectors -> clusters: scikit-learn's k-means++ with restarts, and the k-means that LOST runs.
 
 To try another way: a function that returns a ``Clustering``, a case in ``cluster``, its name in
 ``ClusteringMethod`` of config/clustering.py.
@@ -7,7 +7,6 @@ Shape letters:  N vectors   D channels   K clusters
 """
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -60,78 +59,41 @@ def cluster(
 def kmeans(vectors_ND: Vectors, num_clusters: int, *, restarts: int, seed: int) -> Clustering:
     """The best of ``restarts`` runs of Lloyd's algorithm from k-means++ centres, largest first.
 
-    Each run has random numbers of its own, made of the seed and its place, so more restarts are
-    never worse. A cluster is empty only where there are less distinct vectors than clusters.
+    Each run goes on until no label changes, and more of them are never worse: the first ones stay
+    what they were. A cluster is empty only where there are less distinct vectors than clusters.
 
-    Arthur & Vassilvitskii, k-means++: the advantages of careful seeding, SODA 2007.
+    Arthur & Vassilvitskii, k-means++: the advantages of careful seeding, SODA 2007; scikit-learn's,
+    which takes the best of several candidates for each next centre. In float64, and on one thread:
+    more of them would add up in another order each time, and the seed would not decide the result.
 
     Raises:
         ValueError: there are less vectors than clusters, or no cluster or restart is asked for.
     """
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+    from threadpoolctl import threadpool_limits
+
     _check(vectors_ND, num_clusters)
     if restarts < 1:
         raise ValueError(f"restarts must be at least 1, got {restarts}")
-    best: Clustering | None = None
-    for restart in range(restarts):
-        generator = np.random.default_rng([seed, restart])
-        found = lloyd(vectors_ND, spread_centres(vectors_ND, num_clusters, generator))
-        if best is None or found.inertia < best.inertia:
-            best = found
-    assert best is not None
-    order_K = np.argsort(-best.sizes_K, kind="stable")
-    return Clustering(np.argsort(order_K)[best.labels_N], best.centres_KD[order_K], best.inertia)
-
-
-def spread_centres(
-    vectors_ND: Vectors, num_clusters: int, generator: np.random.Generator
-) -> NDArray[np.float64]:
-    """``(K, D)`` of the vectors: each next one with a probability as the square of its distance."""
-    chosen = [int(generator.integers(len(vectors_ND)))]
-    squared_N = np.full(len(vectors_ND), np.inf)
-    for _ in range(1, num_clusters):
-        _, to_last_N = nearest(vectors_ND, vectors_ND[chosen[-1:]].astype(np.float64))
-        squared_N = np.minimum(squared_N, to_last_N)
-        # A vector is never its own neighbour, whatever rounding says.
-        squared_N[chosen] = 0
-        reach_N = squared_N.cumsum()
-        if reach_N[-1] > 0:
-            place = int(np.searchsorted(reach_N, generator.random() * reach_N[-1], side="right"))
-        else:
-            place = int(generator.integers(len(vectors_ND)))
-        chosen.append(min(place, len(vectors_ND) - 1))
-    return vectors_ND[chosen].astype(np.float64)
-
-
-def lloyd(vectors_ND: Vectors, centres_KD: NDArray[np.float64]) -> Clustering:
-    """Assign to the nearest centre (of equals the first), move centres to means, until at rest.
-
-    An empty cluster's centre moves to the vector that is farthest from its own.
-    """
-    labels_N, squared_N = nearest(vectors_ND, centres_KD)
-    for _ in range(_MOST_ITERATIONS):
-        centres_KD = _means(vectors_ND, labels_N, squared_N, centres_KD)
-        before_N = labels_N
-        labels_N, squared_N = nearest(vectors_ND, centres_KD)
-        if np.array_equal(labels_N, before_N):
-            break
-    return Clustering(labels_N, centres_KD, float(squared_N.sum()))
-
-
-def nearest(
-    vectors_ND: Vectors, centres_KD: NDArray[np.float64]
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """``(N,)`` number of the nearest centre, and the squared distance to it."""
-    labels_N = np.zeros(len(vectors_ND), np.int64)
-    squared_N = np.zeros(len(vectors_ND))
-    for rows, some_ND in _chunks(vectors_ND):
-        squared_NK = (
-            (some_ND**2).sum(1)[:, None]
-            - 2 * some_ND @ centres_KD.T
-            + (centres_KD**2).sum(1)[None, :]
-        )
-        labels_N[rows] = squared_NK.argmin(1)
-        squared_N[rows] = squared_NK.min(1).clip(min=0)
-    return labels_N, squared_N
+    runs = KMeans(
+        num_clusters,
+        n_init=restarts,
+        max_iter=_MOST_ITERATIONS,
+        tol=0,
+        # Of any whole number, as every seed of ours: scikit-learn's own stop at 32 bits.
+        random_state=np.random.RandomState(np.random.MT19937(np.random.SeedSequence(seed))),
+        copy_x=False,
+        algorithm="lloyd",
+    )
+    with threadpool_limits(1), warnings.catch_warnings():
+        # Vectors that repeat leave clusters empty, which are told by their sizes.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        best = runs.fit(vectors_ND.astype(np.float64))
+    sizes_K = np.bincount(best.labels_, minlength=num_clusters)
+    order_K = np.argsort(-sizes_K, kind="stable")
+    labels_N = np.argsort(order_K)[best.labels_]
+    return Clustering(labels_N, best.cluster_centers_[order_K], float(best.inertia_))
 
 
 def kmeans_of_lost(vectors_ND: Vectors, num_clusters: int, *, seed: int = 123) -> Clustering:
@@ -161,39 +123,12 @@ def kmeans_of_lost(vectors_ND: Vectors, num_clusters: int, *, seed: int = 123) -
                 f"({fault}); take --method kmeans++"
             ) from fault
     labels_N, centres_KD = labels_N.astype(np.int64), centres_KD.astype(np.float64)
-    inertia = sum(
-        float(((some_ND - centres_KD[labels_N[rows]]) ** 2).sum())
-        for rows, some_ND in _chunks(white_ND)
-    )
-    return Clustering(labels_N, centres_KD, inertia)
-
-
-def _means(
-    vectors_ND: Vectors,
-    labels_N: NDArray[np.int64],
-    squared_N: NDArray[np.float64],
-    centres_KD: NDArray[np.float64],
-) -> NDArray[np.float64]:
-    """The means of the clusters; an empty one's is a vector far from its own centre."""
-    num_clusters = len(centres_KD)
-    sums_KD = np.zeros_like(centres_KD)
-    for rows, some_ND in _chunks(vectors_ND):
-        member_KN = labels_N[None, rows] == np.arange(num_clusters)[:, None]
-        sums_KD += member_KN.astype(np.float64) @ some_ND
-    sizes_K = np.bincount(labels_N, minlength=num_clusters)
-    means_KD = np.where(sizes_K[:, None] > 0, sums_KD / sizes_K.clip(min=1)[:, None], centres_KD)
-    empty_K = np.flatnonzero(sizes_K == 0)
-    farthest_K = np.argsort(-squared_N, kind="stable")[: len(empty_K)]
-    for empty, far in zip(empty_K, farthest_K, strict=True):
-        if squared_N[far] > 0:
-            means_KD[empty] = vectors_ND[far]
-    return means_KD
-
-
-def _chunks(vectors_ND: Vectors) -> Iterator[tuple[slice, NDArray[np.float64]]]:
-    for first in range(0, len(vectors_ND), _CHUNK):
+    inertia = 0.0
+    for first in range(0, len(white_ND), _CHUNK):
         rows = slice(first, first + _CHUNK)
-        yield rows, vectors_ND[rows].astype(np.float64)
+        off_ND = white_ND[rows].astype(np.float64) - centres_KD[labels_N[rows]]
+        inertia += float((off_ND**2).sum())
+    return Clustering(labels_N, centres_KD, inertia)
 
 
 def _check(vectors_ND: Vectors, num_clusters: int) -> None:

@@ -10,7 +10,6 @@ Shape letters:  N boxes   D channels   K clusters
 
 import os
 import sys
-from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,15 @@ from pipeline.config import ClusterJob, ImagesConfig
 from pipeline.data.images import DecodedImage, decode_image
 from pipeline.data.places import with_absolute_places
 from pipeline.data.pseudo_labels import Manifest, manifest_sha256, read_manifest, versions
-from pipeline.drawing.images import Finding, Picture, Size, contact_sheet, draw_box
+from pipeline.drawing.images import (
+    Finding,
+    Picture,
+    Size,
+    base_name,
+    contact_sheet,
+    draw_box,
+    encoded,
+)
 from pipeline.errors import ConfigError, DataError, TooManyBadImages, WeightsError
 from pipeline.gallery.maps import decoding_of
 from pipeline.labelling.run import open_run, require_free
@@ -93,13 +100,11 @@ def cluster_sheet(
         for place in range(COLUMNS):
             one = found.get(numbers[place]) if place < len(numbers) else None
             pictures.append(_cell(None if one is None else one.crop))
-            name = "" if one is None else one.uri.replace("\\", "/").rsplit("/", 1)[-1]
+            name = "" if one is None else base_name(one.uri)
             captions.append(f"cluster {label}: {sizes[label]:,}" if place == 0 else name)
     if len(shown) < len(samples):
         title = f"{title}, the first {len(shown)}"
-    sink = BytesIO()
-    contact_sheet(pictures, captions, columns=COLUMNS, title=title).save(sink, "PNG")
-    return sink.getvalue()
+    return encoded(contact_sheet(pictures, captions, columns=COLUMNS, title=title))
 
 
 def _cell(crop_HW3: NDArray[np.uint8] | None) -> Picture:

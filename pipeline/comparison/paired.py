@@ -5,9 +5,14 @@ baseline is ``drloc.weight`` 0, and each other setting of the group is an arm. A
 order, augmentation and the network's first weights, so the difference of two runs of one seed has
 less noise than either; its interval is Student's over the seeds.
 
+To judge by another test: its number in ``Difference`` and in ``difference_of``, its use in
+``verdict_of``.
+
 A configuration is a mapping of dotted names to texts. Reading runs is recorded_runs.py, showing
 their comparison report.py. To compare something else than DRLoc: ``LOSS`` and ``WEIGHT`` name its
 knobs. To have a setting named in every group's label: a line in ``group_label``.
+
+Shape letters:  S seeds present on both sides
 """
 
 import difflib
@@ -15,21 +20,25 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
 
-from pipeline.comparison.difference import (
-    Difference,
-    Verdict,
-    difference_of,
-    holm,
-    verdict_of,
-)
 from pipeline.errors import DataError
 
 Config = Mapping[str, str]
+Floats = NDArray[np.float64]
+Verdict = Literal["better", "worse", "no difference shown", "too few seeds"]
 
 LOSS, SEED, WEIGHT = "drloc.", "seed", "drloc.weight"
+
+MOST_SEEDS_FLIPPED = 14
+"""Up to here all sign flips are gone through; with more seeds Student's interval says enough."""
+
+# Differences nearer to each other than this are one: accuracies are multiples of 1 / images.
+_SAME = 1e-12
 # More than these in a label, and nobody reads it.
 _MOST_NAMED = 4
 _MOST_LISTED = 20
@@ -114,6 +123,81 @@ def did_you_mean(name: str, known: Sequence[str]) -> str:
     hint = f", did you mean {' or '.join(close)}?" if close else ""
     more = f" and {len(known) - _MOST_LISTED} more" if len(known) > _MOST_LISTED else ""
     return f"{hint} (there are: {', '.join(known[:_MOST_LISTED])}{more})"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Arm minus baseline over the paired seeds, in the metric's own unit.
+
+    Attributes:
+        mean: NaN without a seed.
+        sd: with n - 1; None with fewer than two seeds.
+        interval: Student's, n - 1 degrees of freedom; None where no spread can be told: fewer than
+            two seeds, or differences that are all the same and not 0.
+        p_student: two-sided, of the paired t-test; None as the interval.
+        p_sign_flip: two-sided and exact, at least 2 / 2 ** n; None with fewer than two seeds or
+            more than ``MOST_SEEDS_FLIPPED``.
+    """
+
+    mean: float
+    sd: float | None = None
+    interval: tuple[float, float] | None = None
+    p_student: float | None = None
+    p_sign_flip: float | None = None
+
+
+def difference_of(baseline_S: Floats, treated_S: Floats, confidence: float) -> Difference:
+    """The paired difference with what can be said about it from so many seeds."""
+    difference_S = treated_S - baseline_S
+    mean = float(difference_S.mean()) if difference_S.size else math.nan
+    if difference_S.size < 2:
+        return Difference(mean)
+    flips = sign_flip_p(difference_S)
+    if np.ptp(difference_S) <= _SAME:
+        if abs(mean) <= _SAME:
+            return Difference(0.0, 0.0, (0.0, 0.0), 1.0, flips)
+        return Difference(mean, 0.0, None, None, flips)
+    test = stats.ttest_rel(treated_S, baseline_S)
+    low, high = test.confidence_interval(confidence)
+    sd = float(difference_S.std(ddof=1))
+    return Difference(mean, sd, (float(low), float(high)), float(test.pvalue), flips)
+
+
+def sign_flip_p(difference_S: Floats) -> float | None:
+    """Share of all ``2 ** S`` sign patterns whose sum is at least as far from 0 as the real one.
+
+    None for fewer than two seeds or more than ``MOST_SEEDS_FLIPPED``.
+    """
+    if not 2 <= difference_S.size <= MOST_SEEDS_FLIPPED:
+        return None
+    # As many resamples as there can be patterns, and SciPy takes each pattern once.
+    test = stats.permutation_test(
+        (difference_S,),
+        np.sum,
+        permutation_type="samples",
+        n_resamples=2**MOST_SEEDS_FLIPPED,
+        vectorized=True,
+    )
+    # Not SciPy's own p-value: where the sum should be 0 but for rounding, it misses equal ones.
+    return float(np.mean(np.abs(test.null_distribution) >= abs(test.statistic) - _SAME))
+
+
+def verdict_of(interval: tuple[float, float] | None, lower_is_better: bool) -> Verdict:
+    """What may be said: nothing without an interval, and no difference where it holds 0."""
+    if interval is None:
+        return "too few seeds"
+    if interval[0] <= 0 <= interval[1]:
+        return "no difference shown"
+    return "better" if (interval[0] > 0) is not lower_is_better else "worse"
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's (1979) adjusted p-values, in the order given: each holds for all tests together."""
+    adjusted, floor = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(np.argsort(p_values, kind="stable")):
+        floor = max(floor, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = floor
+    return adjusted
 
 
 # ``()`` stands for the baseline: with weight 0 the other knobs of the loss decide nothing.

@@ -1,4 +1,6 @@
-"""A paired comparison: tables for people, CSV and JSON for programs, and one picture.
+"""Recorded runs -> a paired comparison as tables for people, CSV and JSON for programs, a picture.
+
+``compare_runs`` is the door of jobs/compare_runs.py; to write one more file: a line in ``_files``.
 
 Accuracies are in per cent and their differences in percentage points; everything else in its own
 unit. To add a column: ``_cells`` for people, ``_row`` for both CSV and JSON.
@@ -9,9 +11,9 @@ axis on the left, so that a hard data set does not squeeze an easy one; all shar
 right.
 """
 
-import csv
-import io
+import json
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from statistics import mean, stdev
@@ -19,22 +21,90 @@ from textwrap import fill
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.comparison.difference import Verdict
-from pipeline.comparison.paired import Arm, Comparison, is_fraction
+from pipeline.comparison.paired import Arm, Comparison, Verdict, compare, is_fraction
+from pipeline.comparison.recorded_runs import read_experiment, read_folders
+from pipeline.drawing.figures import (
+    BLUE,
+    DPI,
+    FAINT,
+    GREY,
+    INK,
+    ORANGE,
+    headline,
+    new_figure,
+    png,
+    quiet,
+    title,
+)
+from pipeline.drawing.tables import csv_table, markdown_table
+from pipeline.errors import ConfigError
+from pipeline.storage import Location
+
+PICTURE = "comparison.png"
 
 STYLES = {"better": "green", "worse": "red", "no difference shown": "", "too few seeds": "dim"}
 # A longer list of seeds or groups says less than its length.
 _MOST_LISTED = 8
 _WORDS_WIDTH = 14
 _NONE = "n/a"
+
+
+def compare_runs(
+    *,
+    experiment: str | None,
+    runs: str | None,
+    tracking_uri: str | None,
+    metric: str,
+    confidence: float,
+    output: str | None,
+) -> dict[str, Any]:
+    """Print the paired table, write its files, and give every number as JSON values.
+
+    Args:
+        experiment: of MLflow, to read the runs from.
+        runs: the folder of run folders to read instead.
+        tracking_uri: None is ``$MLFLOW_TRACKING_URI``, else sqlite in ``./mlflow.db``.
+        metric: what is compared.
+        confidence: of the intervals, in (0, 1).
+        output: folder (or URI) for table.md, table.csv, comparison.json and comparison.png, which
+            are replaced; None writes nothing.
+
+    Raises:
+        ConfigError: not exactly one of ``experiment`` and ``runs``, or a URI that is not read.
+        DataError: there are no such runs, or none of them pair up.
+        StorageError: the runs cannot be read, or the files not written.
+    """
+    if experiment is not None and runs is None:
+        records = read_experiment(experiment, tracking_uri)
+    elif runs is not None and experiment is None:
+        records = read_folders(runs)
+    else:
+        raise ConfigError("give --experiment NAME or --runs FOLDER, one of them")
+    comparison = compare(records, metric, confidence)
+    console = Console(file=sys.stdout)
+    # Written first: what is printed last is then the result, whole or not at all.
+    folder = None if output is None else Location.parse(output)
+    if folder is not None:
+        for name, data in _files(comparison).items():
+            folder.child(name).write_bytes(data)
+    print_report(comparison, console)
+    if folder is not None:
+        console.print(f"  Written to {folder}\n", highlight=False, markup=False, soft_wrap=True)
+    return as_json(comparison)
+
+
+def _files(comparison: Comparison) -> dict[str, bytes]:
+    return {
+        "table.md": as_markdown(comparison, PICTURE).encode(),
+        "table.csv": as_csv(comparison).encode(),
+        "comparison.json": (json.dumps(as_json(comparison), indent=2) + "\n").encode(),
+        PICTURE: as_png(comparison),
+    }
 
 
 def print_report(comparison: Comparison, console: Console) -> None:
@@ -52,10 +122,9 @@ def as_markdown(comparison: Comparison, picture: str | None = None) -> str:
     parts = [f"# {comparison.metric}: DRLoc against its paired baseline"]
     titles = _titles(comparison)
     for arms in by_group(comparison.arms):
-        lines = [titles, ["---", *["---:"] * (len(titles) - 2), "---"]]
-        lines += [_cells(comparison, arm) for arm in arms]
-        parts.append(f"## {arms[0].group}")
-        parts.append("\n".join(f"| {' | '.join(map(_markdown, line))} |" for line in lines))
+        rows = [_cells(comparison, arm) for arm in arms]
+        table = markdown_table(titles, rows, right=range(1, len(titles) - 1))
+        parts += [f"## {arms[0].group}", table.rstrip("\n")]
     parts.append("\n".join(f"- {line}" for line in remarks(comparison)))
     if picture:
         parts.append(f"![Every seed, and the differences with their intervals]({picture})")
@@ -65,11 +134,7 @@ def as_markdown(comparison: Comparison, picture: str | None = None) -> str:
 def as_csv(comparison: Comparison) -> str:
     """One line an arm, with a head; lists of numbers are separated by spaces."""
     rows = [_row(comparison, arm) for arm in comparison.arms]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: _csv(value) for name, value in row.items()} for row in rows)
-    return text.getvalue()
+    return csv_table(list(rows[0]), ([_joined(cell) for cell in row.values()] for row in rows))
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
@@ -146,10 +211,10 @@ def verdict_in_words(comparison: Comparison, arm: Arm) -> str:
 
 def _table(comparison: Comparison, arms: Sequence[Arm]) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=0, collapse_padding=True)
-    for title in _titles(comparison):
+    for heading in _titles(comparison):
         # Never cropped: rich's ellipsis would hide digits, and breaks terminals that know ASCII.
-        words = title in ("DRLoc", "verdict")
-        table.add_column(title, justify="left" if words else "right", overflow="fold")
+        words = heading in ("DRLoc", "verdict")
+        table.add_column(heading, justify="left" if words else "right", overflow="fold")
     for arm in arms:
         setting, *numbers, verdict = _cells(comparison, arm)
         # Rich breaks a column that is too wide anywhere, also within words.
@@ -277,25 +342,19 @@ def _listed(seeds: Sequence[int]) -> str:
     return ", ".join(map(str, seeds[:_MOST_LISTED])) + more
 
 
-def _markdown(cell: str) -> str:
-    return cell.replace("|", "\\|").replace("\n", " ")
+def _joined(cell: Any) -> Any:
+    return " ".join(map(str, cell)) if isinstance(cell, list) else cell
 
 
-def _csv(value: Any) -> Any:
-    return " ".join(map(str, value)) if isinstance(value, list) else value
-
-
-# Told apart by readers who see few colours, and in print.
 COLOURS: dict[Verdict, str] = {
-    "better": "#0072b2",
-    "worse": "#d55e00",
-    "no difference shown": "#59606a",
-    "too few seeds": "#59606a",
+    "better": BLUE,
+    "worse": ORANGE,
+    "no difference shown": GREY,
+    "too few seeds": GREY,
 }
 MOST_ARMS = 40
 """A picture of more could not be read; the tables have them all."""
 
-_INK, _FAINT, _PALE = "#1c1e22", "#69707a", "#e6e8eb"
 # In rows: from an arm's last seed to its means, and from there to the next arm.
 _TO_MEAN, _TO_NEXT = 1.15, 1.9
 _ROW_INCHES, _GROUP_INCHES, _WIDTH_INCHES = 0.2, 0.75, 11.0
@@ -303,17 +362,12 @@ _ROW_INCHES, _GROUP_INCHES, _WIDTH_INCHES = 0.2, 0.75, 11.0
 _MOST_SEEDS_NAMED = 12
 
 
-def as_png(comparison: Comparison, *, dpi: int = 150) -> bytes:
+def as_png(comparison: Comparison, *, dpi: int = DPI) -> bytes:
     """The picture, as the bytes of a PNG file; the first ``MOST_ARMS`` arms that have a pair."""
     arms = [arm for arm in comparison.arms if arm.seeds]
     groups = by_group(arms[:MOST_ARMS])
     heights = [_GROUP_INCHES + sum(map(_arm_inches, group)) for group in groups]
-    figure = Figure(
-        (_WIDTH_INCHES, sum(heights) + 1.0),
-        dpi=dpi,
-        layout=ConstrainedLayoutEngine(h_pad=0.08, hspace=0.02),
-    )
-    FigureCanvasAgg(figure)
+    figure = new_figure(_WIDTH_INCHES, sum(heights) + 1.0, dpi=dpi)
     rows = figure.subplots(
         len(groups), 2, squeeze=False, height_ratios=heights, width_ratios=[3, 2], sharey="row"
     )
@@ -324,15 +378,13 @@ def as_png(comparison: Comparison, *, dpi: int = 150) -> bytes:
     in_unit, points = (
         (" (%)", " (percentage points)") if is_fraction(comparison.metric) else ("",) * 2
     )
-    rows[-1][0].set_xlabel(f"{comparison.metric}{in_unit}", color=_INK)
-    rows[-1][1].set_xlabel(f"difference{points}", color=_INK)
-    figure.suptitle(_title(comparison, len(arms)), x=0.01, ha="left", color=_INK, fontsize=11)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    return picture.getvalue()
+    rows[-1][0].set_xlabel(f"{comparison.metric}{in_unit}", color=INK)
+    rows[-1][1].set_xlabel(f"difference{points}", color=INK)
+    headline(figure, _headline(comparison, len(arms)))
+    return png(figure)
 
 
-def _title(comparison: Comparison, num_arms: int) -> str:
+def _headline(comparison: Comparison, num_arms: int) -> str:
     shown = f" (the first {MOST_ARMS} of {num_arms} arms)" if num_arms > MOST_ARMS else ""
     return (
         f"From the baseline (hollow) to +DRLoc, seed by seed{shown}; "
@@ -359,14 +411,11 @@ def _draw_group(comparison: Comparison, arms: Sequence[Arm], left: Axes, right: 
         top = bottom + _TO_NEXT
     left.set_ylim(bottom + 0.9, -0.9)
     left.set_yticks(list(labels), [_broken(label) for label in labels.values()])
-    left.set_title(arms[0].group, loc="left", fontsize=10, fontweight="bold", color=_INK)
-    right.axvline(0, color=_INK, linewidth=1, zorder=1)
+    title(left, arms[0].group)
+    right.axvline(0, color=INK, linewidth=1, zorder=1)
     for axes in (left, right):
-        axes.grid(axis="x", color=_PALE, linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.tick_params(axis="y", length=0, labelcolor=_INK)
-        axes.tick_params(axis="x", color=_PALE, labelcolor=_FAINT, labelsize=9)
-        axes.spines[:].set_visible(False)
+        quiet(axes, "x")
+        axes.tick_params(axis="y", labelcolor=INK, labelsize=10)
     right.tick_params(axis="y", labelleft=False)
     left.margins(x=0.06)
 
@@ -379,16 +428,16 @@ def _draw_arm(
     for index, (seed, before, after) in enumerate(_seeds(comparison, arm)):
         y = rows[0] + index * _row_height(arm)
         left.plot([before, after], [y, y], color=colour, alpha=0.45, linewidth=1.4, zorder=2)
-        left.plot(before, y, "o", color=_FAINT, markerfacecolor="white", zorder=3, markersize=5)
+        left.plot(before, y, "o", color=FAINT, markerfacecolor="white", zorder=3, markersize=5)
         left.plot(after, y, "o", color=colour, markersize=5, zorder=4)
         right.plot(after - before, y, "o", color=colour, alpha=0.55, markersize=4.5, zorder=3)
         if len(arm.seeds) <= _MOST_SEEDS_NAMED:
-            _beside(left, y, f"seed {seed}", _FAINT, 7)
+            _beside(left, y, f"seed {seed}", FAINT, 7)
     before, after = factor * mean(arm.baseline), factor * mean(arm.treated)
     left.plot([before, after], [rows[1]] * 2, color=colour, linewidth=2.6, zorder=2)
-    left.plot(before, rows[1], "D", color=_FAINT, markerfacecolor="white", zorder=3, markersize=7)
+    left.plot(before, rows[1], "D", color=FAINT, markerfacecolor="white", zorder=3, markersize=7)
     left.plot(after, rows[1], "D", color=colour, markersize=7, zorder=4)
-    _beside(left, rows[1], "mean", _INK, 8)
+    _beside(left, rows[1], "mean", INK, 8)
     if arm.difference.interval is not None:
         ends = [factor * end for end in arm.difference.interval]
         right.plot(ends, [rows[1]] * 2, "|-", color=colour, linewidth=2.6, markersize=10, zorder=3)

@@ -11,8 +11,10 @@ Shape letters:  H, W rows and columns of pixels   R, C rows and columns of patch
 """
 
 import functools
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -222,6 +224,19 @@ def contact_sheet(
         below = (corner[0], corner[1] + cell[1] + 4)
         _write(page, below, caption, size=_NOTE_SIZE, width=cell[0])
     return page
+
+
+def encoded(picture: Picture, form: Literal["PNG", "JPEG"] = "PNG") -> bytes:
+    """The file's bytes; JPEG without chroma subsampling, which would blur text and thin lines."""
+    sink = io.BytesIO()
+    options: dict[str, Any] = {"quality": 90, "subsampling": 0} if form == "JPEG" else {}
+    picture.save(sink, form, **options)
+    return sink.getvalue()
+
+
+def base_name(uri: str) -> str:
+    """The last part of a URI or path, for captions."""
+    return uri.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
 
 
 def _scaled(pixels_HW3: Pixels, fit: Size) -> Picture:

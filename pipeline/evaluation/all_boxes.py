@@ -1,7 +1,7 @@
 """All boxes of the images against all objects -> every number but CorLoc, and what it stands on.
 
 To add a number: a field of ``DetectionEvaluation``, its arithmetic beside the others in this room,
-its line in ap_report.py.
+its line in report.py.
 
 Shape letters:  N images
 """

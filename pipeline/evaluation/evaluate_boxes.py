@@ -20,9 +20,13 @@ from pipeline.evaluation.all_boxes import (
     DetectionOptions,
     coco_results,
 )
-from pipeline.evaluation.ap_report import precision_recall_png, print_detection_report
 from pipeline.evaluation.one_box import Evaluation, measure_labels
-from pipeline.evaluation.report import as_json, print_report
+from pipeline.evaluation.report import (
+    as_json,
+    precision_recall_png,
+    print_detection_report,
+    print_report,
+)
 from pipeline.evaluation.worst_cases import worst_cases_png
 from pipeline.storage import Location
 from pipeline.tracking.tracker import OFF, start_tracker

@@ -31,8 +31,7 @@ from pipeline.evaluation.corloc import (
     interval_95,
     resampled_rates,
 )
-from pipeline.evaluation.matching import match
-from pipeline.evaluation.predictions import Prediction, describe_labels, read_predictions
+from pipeline.evaluation.predictions import Prediction, describe_labels, match, read_predictions
 from pipeline.storage import Location
 
 # Side fractions of the boxes that need no method at all.

@@ -7,7 +7,6 @@ Shape letters:  N images   D boxes of all images
 """
 
 from collections.abc import Sequence
-from io import BytesIO
 
 import numpy as np
 import pyarrow as pa
@@ -21,12 +20,14 @@ from pipeline.drawing.images import (
     Finding,
     Picture,
     Pixels,
+    base_name,
     contact_sheet,
     draw_box,
+    encoded,
 )
 from pipeline.evaluation.all_boxes import DetectionEvaluation
-from pipeline.evaluation.ap_report import RULES
 from pipeline.evaluation.average_precision import Matches
+from pipeline.evaluation.report import RULES
 
 MISSED, TRUE, FALSE = (255, 159, 28), (64, 224, 128), (255, 82, 82)
 """Colours of objects that no box found, of boxes that found one, and of false boxes."""
@@ -54,7 +55,7 @@ def worst_cases_png(evaluation: DetectionEvaluation, *, each: int = 12) -> bytes
     chosen = missed + false
     pixels = _pixels([evaluation.names[index] for index, _ in chosen])
     entries = [
-        (_draw(matches, index, *shown), f"{text}  {_base_name(evaluation.names[index])}")
+        (_draw(matches, index, *shown), f"{text}  {base_name(evaluation.names[index] or '')}")
         for (index, text), shown in zip(chosen, pixels, strict=True)
         if shown is not None
     ]
@@ -62,10 +63,7 @@ def worst_cases_png(evaluation: DetectionEvaluation, *, each: int = 12) -> bytes
         return None
     thumbnails, captions = zip(*entries, strict=True)
     title = f"orange: missed   green: found   red: false   ({RULES[evaluation.options.difficult]})"
-    sheet = contact_sheet(thumbnails, captions, columns=_COLUMNS, title=title)
-    sink = BytesIO()
-    sheet.save(sink, "PNG")
-    return sink.getvalue()
+    return encoded(contact_sheet(thumbnails, captions, columns=_COLUMNS, title=title))
 
 
 def most_missed(matches: Matches, number: int) -> list[int]:
@@ -125,7 +123,3 @@ def _draw(matches: Matches, index: int, pixels: Pixels, scale: float) -> Picture
 def _scored(matches: Matches, boxes_D: NDArray[np.intp], scale: float) -> Finding:
     boxes_D4 = as_boxes(matches.boxes_D4[boxes_D])
     return Finding(rescale(boxes_D4, scale, scale), scores=matches.score_D[boxes_D].tolist())
-
-
-def _base_name(name: str | None) -> str:
-    return (name or "").replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]

@@ -10,7 +10,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,10 @@ from pipeline.drawing.images import (
     Picture,
     Pixels,
     Size,
+    base_name,
     contact_sheet,
     draw_box,
+    encoded,
     panel_row,
 )
 from pipeline.errors import (
@@ -113,13 +114,13 @@ def draw_gallery(job: DrawJob) -> int:
     sheet = contact_sheet(
         [one.thumbnail for one in shown], [one.caption for one in shown], columns=6, title=title
     )
-    output.child(SHEET_NAME).write_bytes(_encoded(sheet, "PNG"))
+    output.child(SHEET_NAME).write_bytes(encoded(sheet))
     _say(f"pictures and {SHEET_NAME} are in {output}")
     failed = {name: n for name, n in manifest.counts.items() if name not in ("ok", "no_object")}
     if failed:
         _say(f"images of the table without a label, never drawn: {_told(failed)}")
     if run is not None:
-        _record(run, job, output, _encoded(sheet, "PNG"), shown)
+        _record(run, job, output, encoded(sheet), shown)
     return 0
 
 
@@ -144,7 +145,7 @@ def sheet_of_boxes(rows: pa.Table, *, limit: int = 16) -> bytes | None:
     if not entries:
         return None
     thumbnails, captions = zip(*entries, strict=True)
-    return _encoded(contact_sheet(thumbnails, captions, columns=4), "PNG")
+    return encoded(contact_sheet(thumbnails, captions, columns=4))
 
 
 def safe_name(index: int, uri: str) -> str:
@@ -153,7 +154,7 @@ def safe_name(index: int, uri: str) -> str:
     The number makes it unique; the rest is for people: no separators, no control characters, of
     bounded length, whatever the URI holds.
     """
-    stem = re.sub(r"\.\w{1,5}$", "", _base_name(uri))
+    stem = re.sub(r"\.\w{1,5}$", "", base_name(uri))
     stem = re.sub(r"[^\w.-]+", "_", stem).strip("._-")
     stem = stem.encode(errors="replace")[:100].decode(errors="ignore")
     return f"{index + 1:04d}-{stem or 'image'}.jpg"
@@ -262,7 +263,7 @@ def _draw(index: int, row: Row, pixels: Pixels, drawer: MapDrawer | None) -> _Dr
     details = f"{row['width']} x {row['height']} px   {row['uri']}"
     return _Drawn(
         safe_name(index, row["uri"]),
-        _encoded(panel_row(_base_name(row["uri"]), details, panels), "JPEG"),
+        encoded(panel_row(base_name(row["uri"]), details, panels), "JPEG"),
         _boxed(row, pixels, THUMBNAIL),
         _caption(row),
     )
@@ -307,7 +308,7 @@ def _best(boxes: Sequence[Any], scores: Sequence[float]) -> tuple[list[Any], lis
 
 
 def _caption(row: Row) -> str:
-    return _base_name(row["uri"]) + ("" if row["status"] == "ok" else "  no object")
+    return base_name(row["uri"]) + ("" if row["status"] == "ok" else "  no object")
 
 
 def _recipe(manifest: Manifest) -> str:
@@ -353,19 +354,6 @@ def _record(
         tracker.log_artifact_bytes(drawn.data, f"pictures/{drawn.name}")
     delivery = tracker.close()
     _say(f"MLflow run {delivery.run_id}: {delivery}")
-
-
-def _encoded(picture: Picture, form: str) -> bytes:
-    """The file's bytes; JPEG without chroma subsampling, which would blur text and thin lines."""
-    sink = BytesIO()
-    options: dict[str, Any] = {"quality": 90, "subsampling": 0} if form == "JPEG" else {}
-    picture.save(sink, form, **options)
-    return sink.getvalue()
-
-
-def _base_name(uri: str) -> str:
-    """The last part of a URI, for people."""
-    return uri.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
 
 
 def _told(counts: Mapping[str, int]) -> str:

@@ -16,12 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.boxes import as_boxes
-from pipeline.comparison.difference import difference_of, holm
+from pipeline.comparison.paired import difference_of, holm
 from pipeline.errors import DataError
 from pipeline.evaluation.average_precision import average_precision
 from pipeline.evaluation.corloc import THRESHOLD, best_ious, interval_95, resampled_rates
-from pipeline.evaluation.matching import match
-from pipeline.evaluation.predictions import detections, read_predictions
+from pipeline.evaluation.predictions import detections, match, read_predictions
 from pipeline.reproduction.cells import BoxesRecipe, Cell, Metric, Run
 from pipeline.reproduction.inputs import Photos
 from pipeline.reproduction.plan import Plan, PlannedCell

@@ -4,22 +4,19 @@ To add a column: ``_TITLES`` and ``_cells`` for people, ``_row`` for CSV. The pi
 the left and gains on the right, the paper's and ours.
 """
 
-import csv
-import io
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as Grid
 
+from pipeline.drawing.figures import BLUE, DPI, INK, ORANGE, headline, new_figure, png, quiet
+from pipeline.drawing.tables import csv_table, markdown_table
 from pipeline.reproduction.measured import Line
 
 _NONE = "-"
@@ -69,14 +66,12 @@ def as_markdown(report: Report, picture: str) -> str:
         report: to be written.
         picture: file name of the picture to show under it.
     """
-    rules = ["---:" if place in _NUMBERS else "---" for place in range(len(_TITLES))]
-    rows = [list(_TITLES), rules, *(_cells(line) for line in report.lines)]
-    table = "\n".join(f"| {' | '.join(text.replace('|', '/') for text in row)} |" for row in rows)
+    table = markdown_table(_TITLES, map(_cells, report.lines), right=_NUMBERS)
     figures = [line.cell.published for line in report.lines if line.cell.published]
     sources = dict.fromkeys(figure.source for figure in figures)
     parts = [
         f"# {report.title}",
-        table,
+        table.rstrip("\n"),
         "\n".join(f"- {note}" for note in _notes(report)),
         f"![The paper's gain and ours]({picture})",
         "The paper's figures:\n\n" + "\n".join(f"- {source}" for source in sources),
@@ -87,11 +82,7 @@ def as_markdown(report: Report, picture: str) -> str:
 def as_csv(report: Report) -> str:
     """One line a cell, with a head; the values of the seeds are separated by spaces."""
     rows = [_row(line) for line in report.lines]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return csv_table(list(rows[0]), (row.values() for row in rows))
 
 
 def _notes(report: Report) -> list[str]:
@@ -203,82 +194,61 @@ def _rounded(value: float | None) -> float | None:
 MOST_LINES = 60
 """A picture of more could not be read; the tables have them all."""
 
-# Told apart by readers who see few colours, and in print.
-_OURS, _PAPER, _INK, _PALE = "#0072b2", "#d55e00", "#1c1e22", "#e6e8eb"
 _ROW_INCHES, _WIDTH_INCHES, _HEAD_INCHES = 0.26, 11.0, 1.4
 
 
-def as_png(report: Report, *, dpi: int = 150) -> bytes:
+def as_png(report: Report, *, dpi: int = DPI) -> bytes:
     """The picture, as the bytes of a PNG file; first the lines that have a figure of ours."""
     lines = sorted(report.lines, key=lambda line: line.measured is None)[:MOST_LINES]
-    figure = Figure(
-        (_WIDTH_INCHES, _HEAD_INCHES + _ROW_INCHES * len(lines)),
-        dpi=dpi,
-        layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08),
-    )
-    FigureCanvasAgg(figure)
+    figure = new_figure(_WIDTH_INCHES, _HEAD_INCHES + _ROW_INCHES * len(lines), dpi=dpi)
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=[1, 1])
+    for axes in (left, right):
+        quiet(axes, "x")
+        axes.spines["bottom"].set_visible(True)
     _draw_figures(left, lines)
     _draw_gains(right, lines)
-    for axes in (left, right):
-        axes.grid(axis="x", color=_PALE)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.tick_params(left=False, colors=_INK)
-    left.set_yticks(range(len(lines)), [line.cell.words for line in lines], fontsize=8)
+    left.set_yticks(range(len(lines)), [line.cell.words for line in lines], color=INK)
     left.set_ylim(len(lines) - 0.5, -0.5)
     shown = f" (the first {MOST_LINES})" if len(report.lines) > MOST_LINES else ""
-    figure.suptitle(f"{report.title}{shown}", x=0.01, ha="left", color=_INK, fontsize=11)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    return picture.getvalue()
+    headline(figure, f"{report.title}{shown}")
+    return png(figure)
 
 
 def _draw_figures(axes: Axes, lines: Sequence[Line]) -> None:
-    paper = [
-        (place, line.cell.published.value)
-        for place, line in enumerate(lines)
-        if line.cell.published
-    ]
-    ours = [(place, line.measured) for place, line in enumerate(lines) if line.measured]
-    axes.scatter(
-        [x for _, x in paper],
-        [y for y, _ in paper],
-        marker="D",
-        facecolors="none",
-        edgecolors=_PAPER,
-        label="paper",
-        zorder=3,
-    )
-    axes.scatter(
-        [one.value for _, one in ours],
-        [y for y, _ in ours],
-        color=_OURS,
-        s=24,
-        label="ours",
-        zorder=4,
-    )
-    for place, one in ours:
-        if one.interval is not None:
-            axes.plot(one.interval, [place, place], color=_OURS, lw=1.5)
-    axes.set_xlabel("figure (%)", color=_INK)
+    # Empty ones first: the legend names each colour once, also where there is no point of it.
+    _papers(axes, [], [], label="paper")
+    _ours(axes, [], [], label="ours")
+    for place, line in enumerate(lines):
+        if line.cell.published is not None:
+            _papers(axes, [line.cell.published.value], [place])
+        if line.measured is not None:
+            _ours(axes, [line.measured.value], [place], line.measured.interval)
+    axes.set_xlabel("figure (%)", color=INK)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=8)
 
 
 def _draw_gains(axes: Axes, lines: Sequence[Line]) -> None:
-    axes.axvline(0, color=_INK, lw=0.8)
+    axes.axvline(0, color=INK, lw=0.8)
     for place, line in enumerate(lines):
         if line.published_gain is not None:
-            axes.scatter(
-                line.published_gain,
-                place,
-                marker="D",
-                facecolors="none",
-                edgecolors=_PAPER,
-                zorder=3,
-            )
+            _papers(axes, [line.published_gain], [place])
         if line.gain is not None:
-            axes.scatter(line.gain.value, place, color=_OURS, s=24, zorder=4)
-            if line.gain.interval is not None:
-                axes.plot(line.gain.interval, [place, place], color=_OURS, lw=1.5)
-    axes.set_xlabel("gain over the compared row (percentage points), 95 % interval", color=_INK)
+            _ours(axes, [line.gain.value], [place], line.gain.interval)
+    axes.set_xlabel("gain over the compared row (percentage points), 95 % interval", color=INK)
+
+
+def _papers(axes: Axes, x: list[float], y: list[int], *, label: str | None = None) -> None:
+    axes.scatter(x, y, marker="D", facecolors="none", edgecolors=ORANGE, label=label, zorder=3)
+
+
+def _ours(
+    axes: Axes,
+    x: list[float],
+    y: list[int],
+    interval: tuple[float, float] | None = None,
+    *,
+    label: str | None = None,
+) -> None:
+    axes.scatter(x, y, color=BLUE, s=24, label=label, zorder=4)
+    if interval is not None:
+        axes.plot(interval, [*y, *y], color=BLUE, lw=1.5)

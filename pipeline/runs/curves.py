@@ -11,13 +11,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from pipeline.drawing.figures import DPI, FAINT, INK, PALE, png, title
+from pipeline.drawing.figures import (
+    BLUE,
+    FAINT,
+    GREEN,
+    INK,
+    ORANGE,
+    PURPLE,
+    new_figure,
+    png,
+    quiet,
+    title,
+)
 
-_BLUE, _ORANGE, _GREEN, _PURPLE = "#0072b2", "#d55e00", "#009e73", "#aa4499"
 _PANEL_INCHES, _COLUMNS = (4.8, 3.2), 3
 # Fewer epochs than this get a dot each: a single one would be no line at all.
 _FEW_EPOCHS = 25
@@ -66,14 +74,11 @@ def curves_picture(history: Sequence[Mapping[str, float]], floor_cells: float | 
     drawn = [draw for draw, name in _PANELS if run.has(name)]
     columns = 2 if len(drawn) == 4 else min(_COLUMNS, max(1, len(drawn)))
     rows = max(1, math.ceil(len(drawn) / columns))
-    figure = Figure(
-        (_PANEL_INCHES[0] * columns, _PANEL_INCHES[1] * rows),
-        dpi=DPI,
-        layout=ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.1),
-    )
+    figure = new_figure(_PANEL_INCHES[0] * columns, _PANEL_INCHES[1] * rows)
     for number, draw in enumerate(drawn):
         axes = figure.add_subplot(rows, columns, number + 1)
-        _plain(axes)
+        quiet(axes, "y")
+        axes.spines["bottom"].set_visible(True)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
         if number + columns >= len(drawn):
             axes.set_xlabel("epoch", color=FAINT, fontsize=9)
@@ -89,16 +94,16 @@ def _draw_loss(run: _Recorded, axes: Axes) -> None:
     if run.has("train/drloc_weighted"):
         title(axes, "training loss")
         _line(run, axes, "train/loss", "total", INK)
-        _line(run, axes, "train/cross_entropy", "cross-entropy", _BLUE, "--")
+        _line(run, axes, "train/cross_entropy", "cross-entropy", BLUE, "--")
     else:
         title(axes, "training loss (cross-entropy)")
-        _line(run, axes, "train/cross_entropy", "", _BLUE)
+        _line(run, axes, "train/cross_entropy", "", BLUE)
 
 
 def _draw_drloc(run: _Recorded, axes: Axes) -> None:
     title(axes, "DRLoc")
-    _line(run, axes, "train/drloc", "raw", _ORANGE)
-    _line(run, axes, "train/drloc_weighted", "times lambda", _BLUE, "--")
+    _line(run, axes, "train/drloc", "raw", ORANGE)
+    _line(run, axes, "train/drloc_weighted", "times lambda", BLUE, "--")
     axes.set_ylim(bottom=0)
     if run.has("drloc/weight"):
         twin = axes.twinx()
@@ -112,7 +117,7 @@ def _draw_drloc(run: _Recorded, axes: Axes) -> None:
 
 def _draw_position_error(run: _Recorded, axes: Axes) -> None:
     title(axes, "position error, cells")
-    _line(run, axes, "train/drloc_error_cells", "head", _ORANGE)
+    _line(run, axes, "train/drloc_error_cells", "head", ORANGE)
     if run.floor_cells is not None:
         told = f"best constant, {run.floor_cells:.2f}"
         axes.axhline(run.floor_cells, color=INK, linestyle="--", linewidth=1.2, label=told)
@@ -121,7 +126,7 @@ def _draw_position_error(run: _Recorded, axes: Axes) -> None:
 
 def _draw_accuracy(run: _Recorded, axes: Axes) -> None:
     title(axes, "validation accuracy")
-    _line(run, axes, "val/accuracy", "", _GREEN)
+    _line(run, axes, "val/accuracy", "", GREEN)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
     epochs, values = run.curve("val/accuracy")
     # Of equal ones the earliest, as the checkpoint is chosen.
@@ -135,7 +140,7 @@ def _draw_accuracy(run: _Recorded, axes: Axes) -> None:
 
 def _draw_learning_rate(run: _Recorded, axes: Axes) -> None:
     title(axes, "learning rate")
-    _line(run, axes, "lr", "", _PURPLE)
+    _line(run, axes, "lr", "", PURPLE)
     axes.set_ylim(bottom=0)
     # A common factor would stand above the axis, in the title's way.
     axes.yaxis.set_major_formatter("{x:g}")
@@ -145,12 +150,12 @@ def _draw_gradient_norms(run: _Recorded, axes: Axes) -> None:
     title(axes, "gradient norms")
     looks = {
         "grad_norm/total": ("total", INK, "-"),
-        "grad_norm/cross_entropy": ("cross-entropy", _BLUE, "--"),
-        "grad_norm/drloc_weighted": ("DRLoc", _ORANGE, "-."),
+        "grad_norm/cross_entropy": ("cross-entropy", BLUE, "--"),
+        "grad_norm/drloc_weighted": ("DRLoc", ORANGE, "-."),
     }
     seen = run.names("grad_norm/")
     for name in (*looks, *(name for name in seen if name not in looks)):
-        _line(run, axes, name, *looks.get(name, (name.removeprefix("grad_norm/"), _PURPLE, ":")))
+        _line(run, axes, name, *looks.get(name, (name.removeprefix("grad_norm/"), PURPLE, ":")))
     values = [value for name in seen for value in run.curve(name)[1]]
     smallest = min((value for value in values if value > 0), default=1.0)
     if max(values, default=0.0) > 20 * smallest:
@@ -163,24 +168,24 @@ def _draw_gradient_norms(run: _Recorded, axes: Axes) -> None:
 
 def _draw_dino_loss(run: _Recorded, axes: Axes) -> None:
     title(axes, "loss to the teacher")
-    _line(run, axes, "train/dino", "cross-entropy", _BLUE)
-    _line(run, axes, "train/teacher_entropy", "the teacher's own entropy", _ORANGE, "--")
+    _line(run, axes, "train/dino", "cross-entropy", BLUE)
+    _line(run, axes, "train/teacher_entropy", "the teacher's own entropy", ORANGE, "--")
 
 
 def _draw_collapse(run: _Recorded, axes: Axes) -> None:
     title(axes, "collapse: where either is 0")
-    _line(run, axes, "train/divergence", "divergence from the teacher", _BLUE)
-    _line(run, axes, "train/feature_std", "spread of the features", _GREEN, "--")
+    _line(run, axes, "train/divergence", "divergence from the teacher", BLUE)
+    _line(run, axes, "train/feature_std", "spread of the features", GREEN, "--")
     axes.set_ylim(bottom=0)
 
 
 def _draw_detection_losses(run: _Recorded, axes: Axes) -> None:
     title(axes, "losses of proposals and boxes")
     looks = {
-        "train/loss_objectness": ("proposals: object?", _BLUE, "--"),
-        "train/loss_rpn_box_reg": ("proposals: box", _ORANGE, "--"),
-        "train/loss_classifier": ("object?", _BLUE, "-"),
-        "train/loss_box_reg": ("box", _ORANGE, "-"),
+        "train/loss_objectness": ("proposals: object?", BLUE, "--"),
+        "train/loss_rpn_box_reg": ("proposals: box", ORANGE, "--"),
+        "train/loss_classifier": ("object?", BLUE, "-"),
+        "train/loss_box_reg": ("box", ORANGE, "-"),
     }
     for name, (label, colour, dashes) in looks.items():
         _line(run, axes, name, label, colour, dashes)
@@ -190,10 +195,10 @@ def _draw_detection_losses(run: _Recorded, axes: Axes) -> None:
 def _draw_probes(run: _Recorded, axes: Axes) -> None:
     title(axes, "probes")
     looks = {
-        "probe/corloc": ("CorLoc", _BLUE, "-"),
-        "probe/knn": ("neighbours", _ORANGE, "--"),
-        "probe/ap50": ("AP50", _GREEN, "-"),
-        "probe/ar_100": ("AR@100", _PURPLE, "--"),
+        "probe/corloc": ("CorLoc", BLUE, "-"),
+        "probe/knn": ("neighbours", ORANGE, "--"),
+        "probe/ap50": ("AP50", GREEN, "-"),
+        "probe/ar_100": ("AR@100", PURPLE, "--"),
     }
     for name, (label, colour, dashes) in looks.items():
         _line(run, axes, name, label, colour, dashes)
@@ -212,14 +217,6 @@ _PANELS: tuple[tuple[Callable[[_Recorded, Axes], None], str], ...] = (
     (_draw_learning_rate, "lr"),
     (_draw_gradient_norms, "grad_norm/total"),
 )
-
-
-def _plain(axes: Axes) -> None:
-    axes.grid(axis="y", color=PALE, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0, labelcolor=FAINT, labelsize=8)
-    axes.spines[:].set_visible(False)
-    axes.spines["bottom"].set(visible=True, color=PALE)
 
 
 def _line(

@@ -1,8 +1,7 @@
 """What a run tells while it trains: lines for people, numbers for MLflow, a history for both.
 
-Only rank 0 has one. Nothing here can stop the training: MLflow may be away
-(tracking/tracker.py), and what is written to the run's folder is written again after the next
-epoch.
+Only rank 0 has one. Nothing here can stop the training: MLflow may be away (tracking/tracker.py),
+and what is written to the run's folder is written again after the next epoch.
 """
 
 import json

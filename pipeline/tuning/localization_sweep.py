@@ -22,8 +22,7 @@ from pipeline.data.pixels import load_pixels
 from pipeline.data.pseudo_labels import config_hash
 from pipeline.errors import DataError
 from pipeline.evaluation.corloc import best_ious, corloc
-from pipeline.evaluation.matching import match
-from pipeline.evaluation.predictions import Prediction
+from pipeline.evaluation.predictions import Prediction, match
 from pipeline.labelling.labeller import ForwardPass, Image, PseudoBoxLabeller, in_original_pixels
 from pipeline.labelling.rows import Provenance, decoded_images
 from pipeline.localization.localize import localize

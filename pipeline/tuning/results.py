@@ -3,8 +3,6 @@
 To write one more file: a line in ``result_files``.
 """
 
-import csv
-import io
 import json
 import math
 import warnings
@@ -12,19 +10,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.drawing.figures import BLUE, ORANGE, new_figure, png, quiet
+from pipeline.drawing.tables import csv_table, markdown_table
 from pipeline.tuning.proposals import direction_of, frozen
 from pipeline.tuning.space import Space, Span
 from pipeline.tuning.trials import Trial, best_of
 from pipeline.tuning.tuned_job import Tree, best_yaml
 
-_BLUE, _ORANGE, _FAINT = "#0072b2", "#d55e00", "#69707a"
-_COLUMNS, _INCHES, _DPI = 3, (4.2, 3.0), 130
-_MARKS = {"ok": ("o", _BLUE, "to the end"), "stopped": ("x", _ORANGE, "stopped")}
+_COLUMNS, _INCHES = 3, (4.2, 3.0)
+_MARKS = {"ok": ("o", BLUE, "to the end"), "stopped": ("x", ORANGE, "stopped")}
 _MOST_LABELS = 12
 
 
@@ -34,7 +31,7 @@ def slices_png(space: Space, trials: Sequence[Trial]) -> bytes:
     names += sorted({name for one in trials for name in one.values} - set(space.knobs))
     rows = max(1, math.ceil(len(names) / _COLUMNS))
     columns = min(_COLUMNS, max(1, len(names)))
-    figure = Figure(figsize=(_INCHES[0] * columns, _INCHES[1] * rows), layout="constrained")
+    figure = new_figure(_INCHES[0] * columns, _INCHES[1] * rows)
     first: Axes | None = None
     for place, name in enumerate(names):
         axes = figure.add_subplot(rows, columns, place + 1, sharey=first)
@@ -44,21 +41,22 @@ def slices_png(space: Space, trials: Sequence[Trial]) -> bytes:
             axes.set_ylabel(space.metric)
         if place == 0 and any(one.status == "stopped" for one in trials):
             axes.legend(fontsize=7, loc="best")
-    return _png(figure)
+    return png(figure)
 
 
 def importance_png(weights: Mapping[str, float], metric: str) -> bytes:
     """A bar per knob, the most important above."""
-    figure = Figure(figsize=(6.0, 0.8 + 0.35 * len(weights)), layout="constrained")
+    figure = new_figure(6.0, 0.8 + 0.35 * len(weights))
     axes = figure.add_subplot()
     names = list(weights)[::-1]
-    axes.barh(names, [weights[name] for name in names], color=_BLUE)
+    axes.barh(names, [weights[name] for name in names], color=BLUE)
     axes.set_xlabel(f"importance for {metric} (PED-ANOVA, shares)")
-    axes.spines[["top", "right"]].set_visible(False)
-    return _png(figure)
+    quiet(axes, "x")
+    return png(figure)
 
 
 def _slice(axes: Axes, space: Space, name: str, trials: Sequence[Trial]) -> None:
+    quiet(axes, "both", frame=True)
     knob = space.knobs.get(name)
     seen = [one.values[name] for one in trials if name in one.values]
     numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in seen)
@@ -82,15 +80,6 @@ def _slice(axes: Axes, space: Space, name: str, trials: Sequence[Trial]) -> None
     elif isinstance(knob, Span) and knob.log:
         axes.set_xscale("log")
     axes.set_xlabel(name, fontsize=8)
-    axes.tick_params(labelsize=7, colors=_FAINT)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _png(figure: Figure) -> bytes:
-    FigureCanvasAgg(figure)
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=_DPI)
-    return stream.getvalue()
 
 
 SHOWN = 10
@@ -102,9 +91,10 @@ FEWEST_FOR_IMPORTANCE = 8
 def result_files(space: Space, base: Tree, trials: Sequence[Trial]) -> dict[str, bytes]:
     """The files of a sweep's results by name; without a trial that ended well only its tables."""
     best = best_of(space, tuple(trials))
+    titles, rows = _rows(space, trials)
     files = {
-        "table.md": _markdown(space, trials).encode(),
-        "trials.csv": _csv(space, trials).encode(),
+        "table.md": markdown_table(titles, rows).encode(),
+        "trials.csv": csv_table(titles, rows).encode(),
     }
     if best is None:
         return files
@@ -214,25 +204,3 @@ def _rows(space: Space, trials: Sequence[Trial]) -> tuple[list[str], list[list[A
         for one in ranked(space, trials)
     ]
     return header, rows
-
-
-def _markdown(space: Space, trials: Sequence[Trial]) -> str:
-    header, rows = _rows(space, trials)
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join("| " + " | ".join(map(_cell, line)) + " |\n" for line in lines)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|")
-
-
-def _csv(space: Space, trials: Sequence[Trial]) -> str:
-    header, rows = _rows(space, trials)
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    return stream.getvalue()

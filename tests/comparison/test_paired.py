@@ -1,4 +1,4 @@
-"""Paired runs: the statistics against scipy and slow loops, the pairing against hand-made cases."""
+"""Paired runs: statistics against textbook and slow loops, pairing by hand-made cases."""
 
 import itertools
 import math
@@ -12,14 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from pipeline.comparison.difference import (
+from pipeline.comparison.paired import (
     MOST_SEEDS_FLIPPED,
+    Comparison,
+    RecordedRun,
+    compare,
     difference_of,
     holm,
     sign_flip_p,
     verdict_of,
 )
-from pipeline.comparison.paired import Comparison, RecordedRun, compare
 from pipeline.errors import DataError
 
 METRIC = "test/accuracy_selected"
@@ -67,9 +69,16 @@ def slow_sign_flip_p(differences: Sequence[int]) -> float:
     return float(extreme / 2 ** len(differences))
 
 
+def textbook_t(difference: Any, confidence: float) -> tuple[float, float, float]:
+    """Ends of the paired interval and the two-sided p, from Student's distribution itself."""
+    mean, error = difference.mean(), difference.std(ddof=1) / math.sqrt(len(difference))
+    reach = error * stats.t.ppf((1 + confidence) / 2, len(difference) - 1)
+    return mean - reach, mean + reach, 2 * stats.t.sf(abs(mean) / error, len(difference) - 1)
+
+
 @given(ACCURACIES, st.sampled_from([0.8, 0.95, 0.99]))
 @settings(derandomize=True, max_examples=150, deadline=None)
-def test_interval_and_p_are_those_of_scipys_paired_t_test(
+def test_interval_and_p_are_those_of_the_textbooks_paired_t_test(
     counts: list[tuple[int, int]], confidence: float
 ) -> None:
     baseline, treated = np.array(counts).T / 10_000
@@ -78,19 +87,27 @@ def test_interval_and_p_are_those_of_scipys_paired_t_test(
         same = counts[0][0] == counts[0][1]
         assert (found.interval, found.p_student) == (((0, 0), 1) if same else (None, None))
         return
-    test = stats.ttest_rel(treated, baseline)
-    expected = test.confidence_interval(confidence)
-    assert found.interval == pytest.approx((expected.low, expected.high), abs=1e-9)
-    assert found.p_student == pytest.approx(test.pvalue, abs=1e-9)
+    assert found.interval is not None
+    assert found.p_student is not None
+    expected = textbook_t(treated - baseline, confidence)
+    assert (*found.interval, found.p_student) == pytest.approx(expected, rel=1e-12, abs=1e-12)
     assert found.mean == pytest.approx(np.mean(treated - baseline))
     assert found.sd == pytest.approx(np.std(treated - baseline, ddof=1))
 
 
-@given(st.lists(st.integers(-50, 50), min_size=1, max_size=8))
+@given(st.lists(st.integers(-50, 50), min_size=2, max_size=8))
 @settings(derandomize=True, max_examples=150, deadline=None)
 def test_sign_flip_p_counts_every_pattern(counts: list[int]) -> None:
     # Hundredths are not exact as floats: sums that are equal must still count as equal.
     assert sign_flip_p(np.array(counts) / 100) == slow_sign_flip_p(counts)
+
+
+@pytest.mark.parametrize("num_seeds", [0, 1])
+def test_without_two_seeds_there_is_a_mean_at_most(num_seeds: int) -> None:
+    found = difference_of(np.full(num_seeds, 0.5), np.full(num_seeds, 0.75), 0.95)
+    assert found.mean == 0.25 if num_seeds else math.isnan(found.mean)
+    assert (found.sd, found.interval, found.p_student, found.p_sign_flip) == (None,) * 4
+    assert sign_flip_p(np.full(num_seeds, 0.25)) is None
 
 
 def test_sign_flip_p_of_many_seeds_is_left_to_student() -> None:

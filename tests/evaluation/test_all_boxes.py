@@ -21,8 +21,8 @@ from pipeline.evaluation.all_boxes import (
     image_ids,
     measure_all_boxes,
 )
-from pipeline.evaluation.ap_report import detection_json, precision_recall_png
 from pipeline.evaluation.predictions import Detections, Prediction
+from pipeline.evaluation.report import detection_json, precision_recall_png
 from tests.evaluation.annotated import found, truth
 
 A, B = [0, 0, 20, 20], [30.5, 30, 60, 60]

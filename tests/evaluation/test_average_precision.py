@@ -22,8 +22,7 @@ from pipeline.evaluation.average_precision import (
     recall_by_num_objects,
     weighted_ap50,
 )
-from pipeline.evaluation.matching import match
-from pipeline.evaluation.predictions import Detections, read_predictions
+from pipeline.evaluation.predictions import Detections, match, read_predictions
 from pipeline.storage import Location
 from tests.evaluation.annotated import IMAGES, found, images_of, iou, truth
 

@@ -6,8 +6,7 @@ import pytest
 from pipeline.boxes import as_boxes
 from pipeline.data.ground_truth import GroundTruth
 from pipeline.errors import DataError
-from pipeline.evaluation.matching import match
-from pipeline.evaluation.predictions import Prediction
+from pipeline.evaluation.predictions import Prediction, match
 
 
 def truths(*names: str, aliases: tuple[str, ...] = ()) -> list[GroundTruth]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from pipeline.comparison.compare_runs import compare_runs
+from pipeline.comparison.report import compare_runs
 from pipeline.errors import ConfigError
 from tests.conftest import ROOT
 from tests.jobs.conftest import run_script
