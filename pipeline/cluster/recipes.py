@@ -56,7 +56,7 @@ class DetectedBoxes:
     def __call__(self, provenance: Provenance, device: str) -> DetectionLabeller:
         detector = self.stored.detector.to(torch.device(device))
         return DetectionLabeller(
-            Predictor(detector, self.stored.transform),
+            Predictor(detector, self.stored.size),
             provenance,
             method=self.method,
             precision=self.precision,

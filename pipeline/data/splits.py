@@ -58,7 +58,7 @@ class SplitRule:
 
 
 def carve(
-    labels: NDArray[np.int64], classes: Sequence[str], rule: SplitRule, *, has_validation: bool
+    targets: NDArray[np.int64], classes: Sequence[str], rule: SplitRule, *, has_validation: bool
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Indices to train on and indices to validate on, both ascending.
 
@@ -71,7 +71,7 @@ def carve(
         DataError: a class has fewer than ``train_per_class`` images left. (A class without any
             training image is let pass: there is no number that would suit it.)
     """
-    count_K = np.bincount(labels, minlength=len(classes))
+    count_K = np.bincount(targets, minlength=len(classes))
     held_K = np.zeros_like(count_K)
     if not has_validation:
         if rule.validation_fraction == 0:
@@ -82,22 +82,22 @@ def carve(
             )
         wished_K = np.rint(rule.validation_fraction * count_K).astype(np.int64)
         held_K = np.where(count_K > 1, np.clip(wished_K, 1, np.maximum(count_K - 1, 1)), 0)
-    rank_N = rank_within_class(labels, len(classes), rule.seed)
-    is_held_N = rank_N < held_K[labels]
+    rank_N = rank_within_class(targets, len(classes), rule.seed)
+    is_held_N = rank_N < held_K[targets]
     is_taken_N = ~is_held_N
     if rule.train_per_class is not None:
         _check_enough(count_K - held_K, classes, rule.train_per_class)
-        is_taken_N &= rank_N < held_K[labels] + rule.train_per_class
+        is_taken_N &= rank_N < held_K[targets] + rule.train_per_class
     return np.flatnonzero(is_taken_N), np.flatnonzero(is_held_N)
 
 
-def rank_within_class(labels: NDArray[np.int64], num_classes: int, seed: int) -> NDArray[np.int64]:
+def rank_within_class(targets: NDArray[np.int64], num_classes: int, seed: int) -> NDArray[np.int64]:
     """``(N,)``: the place of each image in its class' random order, from 0."""
-    order_N = np.lexsort((_keys(len(labels), seed), labels))
-    count_K = np.bincount(labels, minlength=num_classes)
+    order_N = np.lexsort((_keys(len(targets), seed), targets))
+    count_K = np.bincount(targets, minlength=num_classes)
     first_K = np.cumsum(count_K) - count_K
-    rank_N = np.empty(len(labels), np.int64)
-    rank_N[order_N] = np.arange(len(labels)) - first_K[labels[order_N]]
+    rank_N = np.empty(len(targets), np.int64)
+    rank_N[order_N] = np.arange(len(targets)) - first_K[targets[order_N]]
     return rank_N
 
 

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Normalize = Literal["none", "side", "side_minus_one"]
+from pipeline.config.classification import Normalize
 
 
 def pair_generator(seed: int, rank: int, step: int, device: torch.device | str) -> torch.Generator:

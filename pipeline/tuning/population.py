@@ -22,10 +22,11 @@ from typing import Any
 
 from pipeline.config.tuning import TuneJob
 from pipeline.errors import ConfigError
+from pipeline.runs.kinds import KINDS
 from pipeline.tuning.proposals import propose
 from pipeline.tuning.space import Choice, Knob, Space, Span, Values
 from pipeline.tuning.trials import DEFAULT_SAMPLES, Proposal, Segment, Trial, proposal
-from pipeline.tuning.tuned_job import TRAINED, Tree, num_epochs, settings_of
+from pipeline.tuning.tuned_job import Tree, num_epochs, settings_of
 
 QUANTILE = 0.25
 """Part of a population that is replaced at the end of a generation; Jaderberg et al. had 20 %."""
@@ -82,9 +83,9 @@ def population_of(job: TuneJob, space: Space, base: Tree) -> Population | None:
     if job.scheduler != "pbt":
         return None
     epochs = num_epochs(space, base)
-    if space.job not in TRAINED or epochs is None:
+    if space.job not in KINDS or epochs is None:
         raise ConfigError(
-            f"--scheduler pbt copies the checkpoints of training runs ({', '.join(TRAINED)}), and "
+            f"--scheduler pbt copies the checkpoints of training runs ({', '.join(KINDS)}), and "
             f"--space {space.name} is of the job {space.job}; leave it out"
         )
     if not space.mutable:

@@ -21,7 +21,7 @@ from pipeline.pretraining.network import DINONetwork
 from pipeline.pretraining.task import DINOObjective, DINOTask
 from pipeline.pretraining.views import MultiCropOptions
 from pipeline.training.loop import Hooks, LoopSettings, LoopState, StepKey, train
-from pipeline.training.optim import OptimizerKind, build_optimizer, parameter_groups
+from pipeline.training.optim import build_optimizer, parameter_groups
 from pipeline.training.schedules import cosine
 from pipeline.training.workers import Workers
 
