@@ -110,8 +110,8 @@ class ShardedBatchSampler(ShareSampler[Key]):
         super().__init__(batch_size, rank=rank, world_size=world_size, seed=seed, group=group)
         if num_images < self._least:
             raise DataError(
-                f"the training set must have at least {self._least} images for {self._of_whom}, got "
-                f"{num_images}; use fewer workers"
+                f"the training set must have at least {self._least} images for {self._of_whom}, "
+                f"got {num_images}; use fewer workers"
             )
         self.num_images = num_images
         self.num_global = min(batch_size, num_images)

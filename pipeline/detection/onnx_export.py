@@ -13,7 +13,6 @@ Shape letters:  H, W rows and columns   D, E boxes of one image
 """
 
 import copy
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.detection.detector import Detector
 from pipeline.detection.box_loader import SeenSize
+from pipeline.detection.detector import Detector
 from pipeline.detection.exported_detector import StoredDetector
 from pipeline.detection.predictor import Photo, opened
 from pipeline.errors import WeightsError

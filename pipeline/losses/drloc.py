@@ -11,7 +11,8 @@ cells of the last grid; learning to tell their offset teaches the network where 
 | cbr | a class per possible offset | squared error of the mean class over the classes' variance |
 
 To add a mode: a function beside ``_l1``, ``_ce`` and ``_cbr``, a case in ``drloc_terms`` and its
-name in ``DRLocMode``. Pairs and targets come from pairs.py, smaller grids from losses/multi_stage.py.
+name in ``DRLocMode``. Pairs and targets come from pairs.py, smaller grids from
+multi_stage.py.
 
 Shape letters:  B images   C channels   H, W grid rows and columns   N cells (H * W)
                 M pairs of an image   D hidden width   K classes (1 in mode l1)

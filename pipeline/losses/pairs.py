@@ -11,7 +11,6 @@ Shape letters:  B images   M pairs of an image   22 (first or second cell) x (ro
 """
 
 import hashlib
-from typing import Literal
 
 import torch
 from torch import Tensor

@@ -180,7 +180,9 @@ def neighbour_accuracy(
 ) -> float:
     """k-NN accuracy of the class tokens, in [0, 1]; the squares in the middle of the images."""
     known, asked = (_tokens(network, images, side, device) for images in (train, test))
-    return knn_accuracy(known, torch.from_numpy(train.targets), asked, torch.from_numpy(test.targets))
+    return knn_accuracy(
+        known, torch.from_numpy(train.targets), asked, torch.from_numpy(test.targets)
+    )
 
 
 def _tokens(

@@ -222,7 +222,9 @@ def _plain(axes: Axes) -> None:
     axes.spines["bottom"].set(visible=True, color=PALE)
 
 
-def _line(run: _Recorded, axes: Axes, name: str, label: str, colour: str, dashes: str = "-") -> None:
+def _line(
+    run: _Recorded, axes: Axes, name: str, label: str, colour: str, dashes: str = "-"
+) -> None:
     """Draw a curve where there is one; an empty label leaves it out of the legend."""
     epochs, values = run.curve(name)
     if epochs:

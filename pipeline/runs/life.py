@@ -273,9 +273,7 @@ def go_back_to_latest(
         record.tell(f"going on after epoch {epoch + 1} of {num_epochs}")
 
 
-def summary_of(
-    job: TrainingJob, workers: Workers, metrics: Mapping[str, float]
-) -> dict[str, Any]:
+def summary_of(job: TrainingJob, workers: Workers, metrics: Mapping[str, float]) -> dict[str, Any]:
     """What every finished run says of itself; a kind adds its own."""
     return {
         "kind": job.kind,

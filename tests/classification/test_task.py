@@ -10,11 +10,18 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from pipeline.classification.augment import AugmentOptions, MixOptions, train_transform
+from pipeline.classification.augment import train_transform
 from pipeline.classification.setup import build_objective
 from pipeline.classification.task import ClassInputs, SupervisedTask
-from pipeline.config import ClassifierConfig, DataConfig, DRLocConfig, TrainClassifierJob
-from pipeline.data.loader import Batch, LoaderOptions, ShardedBatchSampler, train_loader
+from pipeline.config import (
+    AugmentConfig,
+    ClassifierConfig,
+    DataConfig,
+    DRLocConfig,
+    TrainClassifierJob,
+)
+from pipeline.config.settings import LoaderConfig
+from pipeline.data.loader import Batch, ShardedBatchSampler, train_loader
 from pipeline.training.loop import Hooks, LoopSettings, LoopState, StepKey, train
 from pipeline.training.optim import build_optimizer, parameter_groups
 from pipeline.training.workers import Workers
@@ -51,7 +58,7 @@ class Noise:
     """Pictures of noise in four classes."""
 
     def __init__(self) -> None:
-        self.labels = np.arange(NUM_IMAGES, dtype=np.int64) % 4
+        self.targets = np.arange(NUM_IMAGES, dtype=np.int64) % 4
 
     def __len__(self) -> int:
         return NUM_IMAGES
@@ -97,11 +104,17 @@ def the_task(choice: Choice, workers: Workers = ALONE) -> SupervisedTask:
         seed=choice.seed,
         group=2,
     )
-    transform = train_transform(AugmentOptions(image_size=side, crop="pad"))
+    augment = AugmentConfig(crop="pad")
     return SupervisedTask(
         objective=objective,
-        loader=train_loader(Noise(), transform, sampler=sampler, options=LoaderOptions()),
-        mixing=MixOptions(num_classes=4),
+        loader=train_loader(
+            Noise(),
+            train_transform(augment, side),
+            sampler=sampler,
+            config=LoaderConfig(loader_workers=0),
+        ),
+        augment=augment,
+        num_classes=4,
         drloc_weight=choice.schedule or (lambda epoch: choice.weight),
         workers=workers,
         seed=choice.seed,

@@ -41,8 +41,8 @@ def test_validation_split_without_a_test_split_is_the_test_set(tmp_path: Path) -
         "val/b/0.png",
         "val/b/1.png",
     ]
-    assert np.bincount(data.validation.labels).tolist() == [2, 1]
-    assert np.bincount(data.train.labels).tolist() == [18, 9]
+    assert np.bincount(data.validation.targets).tolist() == [2, 1]
+    assert np.bincount(data.train.targets).tolist() == [18, 9]
     assert not set(names(data.train)) & set(names(data.validation))
     assert data.selected_on == "validation"
     assert data.classes == ("a", "b")
@@ -79,7 +79,7 @@ def test_few_labels_take_the_same_images_at_any_place(tmp_path: Path) -> None:
     copy = shutil.copytree(root, tmp_path / "other" / "copy")
     few, more = load(root, train_per_class=3), load(copy, train_per_class=6)
     assert set(names(few.train)) < set(names(more.train))
-    assert np.bincount(few.train.labels).tolist() == [3, 3]
+    assert np.bincount(few.train.targets).tolist() == [3, 3]
     assert names(few.validation) == names(more.validation)
     assert load(copy, train_per_class=3).describe() == few.describe()
 
@@ -227,8 +227,8 @@ def test_names_are_those_of_the_paper_and_two_more() -> None:
 
 def test_flowers17_from_end_to_end(shared: Path) -> None:
     data = load(shared / "data" / "flowers17", train_per_class=10)
-    assert np.bincount(data.train.labels).tolist() == [10] * 17
-    assert np.bincount(data.validation.labels).tolist() == [6] * 17
+    assert np.bincount(data.train.targets).tolist() == [10] * 17
+    assert np.bincount(data.validation.targets).tolist() == [6] * 17
     assert data.test is not None
     assert len(data.test) == 340
     assert data.native_size == 192

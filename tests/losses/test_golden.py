@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.config.classification import Normalize, Pooling
 from pipeline.losses.drloc import DRLocHead, drloc_loss
 from pipeline.losses.multi_stage import pool_grid
 from pipeline.losses.pairs import all_pairs, relative_offsets, sample_pairs

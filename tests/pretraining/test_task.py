@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.config.pretraining import CropsConfig
 from pipeline.data.loader import Batch
 from pipeline.pretraining.task import Crops, DINOObjective, DINOTask
-from pipeline.pretraining.views import MultiCropOptions
 from pipeline.training.loop import StepKey
 from pipeline.training.workers import Workers
 from tests.losses.slow_dino import slow_terms
@@ -366,8 +366,8 @@ def test_in_bfloat16_weights_teacher_and_centre_stay_float32_and_close() -> None
 
 
 def test_without_local_views_global_ones_teach_each_other() -> None:
-    views = MultiCropOptions(num_local=0, global_size=16, local_size=8)
-    run = Run(Choice(views=views)).until(1)
+    crops = CropsConfig(num_local=0, global_size=16, local_size=8)
+    run = Run(Choice(crops=crops)).until(1)
     assert math.isfinite(run.history[0]["train/dino"])
     student = of(run.weights[-1], "student"), of(run.weights[0], "student")
     assert largest_difference(*student) > 1e-3
