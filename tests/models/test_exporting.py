@@ -204,7 +204,7 @@ def test_more_images_than_a_batch_are_answered_in_order(exported: Path) -> None:
     ("crop", "normalize", "ours"),
     [
         ("random_resized", "imagenet", recipe()),
-        ("random_resized", "half", recipe(mean=(0.5,) * 3, std=(0.5,) * 3)),
+        ("random_resized", "half", dataclasses.replace(recipe(), mean=(0.5,) * 3, std=(0.5,) * 3)),
         ("pad", "imagenet", recipe(crop="whole")),
     ],
 )
