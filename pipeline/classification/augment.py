@@ -1,7 +1,7 @@
-"""What happens to an image between the decoder and the network, and to a batch of labels.
+"""What happens to an image between the decoder and the network, and to a batch of targets.
 
 ``train_transform`` and ``eval_transform`` turn one image into a normalised tensor, ``mix`` is Mixup
-and CutMix on a batch. To add an augmentation: a field of ``AugmentOptions`` and a step in
+and CutMix on a batch. To add an augmentation: a field of ``AugmentConfig`` and a step in
 ``train_transform``. Steps may draw from the global generators: the loaders seed them per image.
 
 This and models/backbones.py are the only files that import timm.

@@ -21,7 +21,6 @@ from pipeline.data.classification_sets import ClassificationData, load_classific
 from pipeline.data.labelled_images import LabelledImages, cached
 from pipeline.data.loader import BatchLoader, eval_loader, train_loader
 from pipeline.data.sharding import ShardedBatchSampler
-from pipeline.data.splits import SplitRule
 from pipeline.errors import ConfigError
 from pipeline.losses.multi_stage import DRLocObjective, pooled_shape
 from pipeline.models.backbones import Weights, build_model, load_classifier_weights
@@ -42,20 +41,17 @@ _LOG = logging.getLogger(__name__)
 
 
 def load_data(job: TrainClassifierJob, workers: Workers) -> ClassificationData:
-    """The labelled images, divided by the job's rule.
+    """The labelled images, divided as the job says.
 
     Raises:
         ConfigError, DataError: as load_classification does.
     """
-    rule = SplitRule(
-        validation_fraction=job.data.validation_fraction,
-        train_per_class=job.data.train_per_class,
-        select_on_test=job.data.select_on_test,
-        seed=job.seed,
-    )
 
     def load(*, download: bool) -> ClassificationData:
-        return load_classification(job.data.name, job.data.root, download=download, rule=rule)
+        data = job.data
+        return load_classification(
+            data.name, data.root, split=data, seed=job.seed, download=download
+        )
 
     # One worker fetches, the others find what it fetched.
     first = load(download=job.data.download) if workers.is_first else None

@@ -54,7 +54,21 @@ OptimizerKind = Literal["adamw", "sgd"]
 Crop = Literal["random_resized", "pad"]
 
 
-class DataConfig(LoaderConfig):
+class SplitConfig(Settings):
+    """How a training set is divided."""
+
+    train_per_class: PositiveInt | None = None
+    """Train on so many labelled images of each class only; None takes all."""
+
+    validation_fraction: Below1 = 0.1
+    """Part of the training images set apart to choose the best epoch; 0 only with
+    --data.select-on-test."""
+
+    select_on_test: bool = False
+    """Choose the best epoch on the test set, as the paper did: its numbers are then optimistic."""
+
+
+class DataConfig(SplitConfig, LoaderConfig):
     """Which labelled images, and which of them are looked at when."""
 
     name: DataName
@@ -66,16 +80,6 @@ class DataConfig(LoaderConfig):
 
     download: bool = False
     """Fetch the files first, where torchvision can (cifar10, cifar100, svhn, flowers102)."""
-
-    train_per_class: PositiveInt | None = None
-    """Train on so many labelled images of each class only; None takes all."""
-
-    validation_fraction: Below1 = 0.1
-    """Part of the training images set apart to choose the best epoch; 0 only with
-    --data.select-on-test."""
-
-    select_on_test: bool = False
-    """Choose the best epoch on the test set, as the paper did: its numbers are then optimistic."""
 
     cache_mib: Count = 1024
     """Decoded images of one size are kept in memory if they take no more than this."""

@@ -195,7 +195,7 @@ class ProbeConfig(Settings):
         return self
 
 
-class PretrainDinoJob(TrainingJob, LoaderConfig):
+class PretrainDinoJob(LoaderConfig, TrainingJob):
     """Train a vision transformer on images without labels, by self-distillation (DINO)."""
 
     kind: ClassVar = "dino"

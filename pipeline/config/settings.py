@@ -13,7 +13,7 @@ archive; weights, a file or the name they were published under."""
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
 class Settings(BaseModel):

@@ -47,7 +47,7 @@ import numpy as np
 import scipy.io
 from torchvision import datasets
 
-from pipeline.config.classification import DataName
+from pipeline.config.classification import DataName, SplitConfig
 from pipeline.data.labelled_folders import is_archive, read_archive, read_folder
 from pipeline.data.labelled_images import (
     ArrayImages,
@@ -58,7 +58,7 @@ from pipeline.data.labelled_images import (
     printable,
 )
 from pipeline.data.labelled_parquet import read_parquet
-from pipeline.data.splits import SplitRule, carve
+from pipeline.data.splits import carve
 from pipeline.errors import ConfigError, DataError, one_line
 from pipeline.storage import split_uri
 
@@ -316,9 +316,9 @@ class ClassificationData:
 
 
 def load_classification(
-    name: str, root: str, *, download: bool = False, rule: SplitRule | None = None
+    name: str, root: str, *, split: SplitConfig, seed: int = 0, download: bool = False
 ) -> ClassificationData:
-    """The data set ``name`` in ``root``, divided by ``rule`` (by default a tenth for validation).
+    """The data set ``name`` in ``root``, divided as ``split`` says, by chance of ``seed``.
 
     No image is decoded, but for a few of a ``folder`` or ``parquet`` to learn their size.
 
@@ -328,13 +328,12 @@ def load_classification(
         DataError: the data is absent, damaged, laid out otherwise, not of the paper's size, has one
             class only, or too few images of a class.
     """
-    rule = rule or SplitRule()
     _check_name(name, download=download)
     parts = _read(name, root, download=download)
     if parts.test is None:
         parts = replace(parts, validation=None, test=parts.validation)
     _check_parts(name, root, parts)
-    return _divide(name, root, parts, rule)
+    return _divide(name, root, parts, split, seed)
 
 
 def check_sizes(name: str, root: str, parts: Parts) -> None:
@@ -407,9 +406,11 @@ def _check_parts(name: str, root: str, parts: Parts) -> None:
         raise DataError(f"{root} must have training images, got none")
 
 
-def _divide(name: str, root: str, parts: Parts, rule: SplitRule) -> ClassificationData:
+def _divide(
+    name: str, root: str, parts: Parts, split: SplitConfig, seed: int
+) -> ClassificationData:
     validation, test = parts.validation, parts.test
-    if rule.select_on_test:
+    if split.select_on_test:
         if test is None:
             raise DataError(
                 f"select_on_test must be false for {root}, which has no test split, got true: add "
@@ -417,7 +418,7 @@ def _divide(name: str, root: str, parts: Parts, rule: SplitRule) -> Classificati
             )
         validation = test
     taken, held = carve(
-        parts.train.targets, parts.classes, rule, has_validation=validation is not None
+        parts.train.targets, parts.classes, split, seed=seed, has_validation=validation is not None
     )
     train = Selection(parts.train, taken)
     notes = parts.notes
@@ -433,7 +434,7 @@ def _divide(name: str, root: str, parts: Parts, rule: SplitRule) -> Classificati
         classes=parts.classes,
         native_size=_native_size(name, parts.train),
         mirror_safe=name != "svhn" and not looks_like_digits,
-        selected_on="test" if rule.select_on_test else "validation",
+        selected_on="test" if split.select_on_test else "validation",
         fingerprint=_fingerprint(parts.classes, (train, validation, test)),
         notes=notes,
     )

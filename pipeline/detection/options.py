@@ -22,7 +22,9 @@ FPN_STRIDES: Final = (4, 8, 16, 32, 64)
 class DetectorOptions:
     """All of a detector but its weights, in plain values; the defaults are those of ``c4``.
 
-    Other kinds want other numbers: take ``default_options``.
+    Other kinds want other numbers: take ``default_options``. It is what a detector's config.json
+    holds, every number resolved; users set a part of it in ``DetectorConfig``, whose fields are
+    handed on by their names (``setup.options_of``).
     """
 
     kind: DetectorKind = "c4"

@@ -1,4 +1,4 @@
-"""From a detector job's settings to what the loop needs; settings stop here."""
+"""From a detector job's settings to what the loop needs; the job stops here."""
 
 import os
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""From a DINO job's settings to what the loop needs; settings stop here."""
+"""From a DINO job's settings to what the loop needs; the job stops here."""
 
 import os
 from dataclasses import dataclass

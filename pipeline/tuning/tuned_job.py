@@ -1,7 +1,6 @@
 """Values of a trial -> the settings of the job they belong to, and the best ones as YAML.
 
-To tune another job: its name in ``JOBS`` of space.py, a line in ``_KINDS``, and for a training run
-one in ``TRAINED``.
+A training job is tuned where it stands in ``KINDS`` of runs/kinds.py.
 """
 
 import json

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.config.classification import SplitConfig
 from pipeline.data.classification_sets import (
     DOWNLOADABLE,
     NAMES,
@@ -19,7 +20,6 @@ from pipeline.data.classification_sets import (
     load_classification,
 )
 from pipeline.data.labelled_images import ArrayImages, Parts
-from pipeline.data.splits import SplitRule
 from pipeline.errors import ConfigError, DataError
 from tests.data.labelled import flat, greys, names, plant_classes
 from tests.data.pictures import encode, noise
@@ -27,8 +27,11 @@ from tests.data.pictures import encode, noise
 TRAIN_AND_VAL = {"train/a": 20, "train/b": 10, "val/a": 3, "val/b": 2}
 
 
-def load(root: Path, name: str = "folder", **knobs: float | None) -> ClassificationData:
-    data = load_classification(name, str(root), rule=SplitRule(**knobs))  # type: ignore[arg-type]
+def load(
+    root: Path, name: str = "folder", *, seed: int = 0, **knobs: float | None
+) -> ClassificationData:
+    split = SplitConfig.model_validate(knobs)
+    data = load_classification(name, str(root), split=split, seed=seed)
     again = pickle.loads(pickle.dumps(data))
     assert again.describe() == data.describe()
     json.dumps(data.describe())
@@ -212,7 +215,7 @@ def test_settings_that_cannot_be_are_refused(
     name: str, root: str, download: bool, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        load_classification(name, root, download=download)
+        load_classification(name, root, split=SplitConfig(), download=download)
 
 
 def test_single_class_is_refused(tmp_path: Path) -> None:
