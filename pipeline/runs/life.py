@@ -4,12 +4,10 @@ Rank 0 alone writes; all read the same folder. A kind of run is a ``TrainingRun`
 ``kind``, ``look`` and ``finish`` (classification/run.py, pretraining/run.py).
 """
 
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.config import TrainingJob, flatten
@@ -120,9 +118,7 @@ class TrainingRun:
         for name, picture in figures.items():
             self.folder.place.child("figures").child(f"{name}.png").write_bytes(picture)
         self.folder.write_json("summary.json", dict(summary))
-        log_results(tracker, summary, figures)
-        for file in self.folder.place.child("model").files():
-            tracker.log_artifact_bytes(file.read_bytes(), f"model/{file.name}")
+        log_results(tracker, self.folder, summary)
 
 
 @dataclass(frozen=True)
@@ -175,28 +171,26 @@ def finished_results(
         return None
     if workers.is_first:
         outside.tell(f"{folder.place} is finished already: these are its results")
-        with open_job_tracker(job, folder) as tracker:
+        with open_job_tracker(job, folder, again=True) as tracker:
             log_settings(tracker, job, tags)
-            latest = folder.checkpoints.latest()
-            if latest is not None:
-                log_history(tracker, latest.state["history"])
-            log_results(tracker, finished, {})
+            tracker.set_tags({f"data.{k}": v for k, v in finished.get("data", {}).items()})
+            log_history(tracker, folder.history())
+            log_results(tracker, folder, finished)
     outside.report(finished["metrics"])
     return dict(finished)
 
 
-def open_job_tracker(job: TrainingJob, folder: RunFolder) -> Tracker:
-    """The MLflow run of the job's run folder."""
+def open_job_tracker(job: TrainingJob, folder: RunFolder, *, again: bool = False) -> Tracker:
+    """The MLflow run of the job's run folder; ``again`` says that the run is finished."""
     if job.tracking_uri == OFF:
         return NoTracker()
     name = job.run_name or run_name(job)
-    local = Path(folder.place.path) if folder.place.is_local else Path(tempfile.gettempdir())
     return open_tracker(
         folder,
         uri=job.tracking_uri,
         experiment=job.experiment,
         run_name=name,
-        spool=local / "_tracking",
+        again=again,
     )
 
 
@@ -237,6 +231,7 @@ def go_back_to_latest(
     state.load_state_dict(latest.state["loop"])
     if record is not None:
         record.history[:] = latest.state["history"]
+        log_history(record.tracker, record.history)
         record.tell(f"going on after epoch {epoch + 1} of {num_epochs}")
 
 
