@@ -5,12 +5,10 @@ Rank 0 alone writes; all read the same folder. A kind of run is a ``TrainingRun`
 kinds there are stands in kinds.py.
 """
 
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.config import TrainingJob, flatten
@@ -148,12 +146,11 @@ class TrainingRun:
 
     def _tell_again(self, finished: Mapping[str, Any]) -> None:
         self.outside.tell(f"{self.folder.place} is finished already: these are its results")
-        with open_job_tracker(self.job, self.folder) as tracker:
+        with open_job_tracker(self.job, self.folder, again=True) as tracker:
             log_settings(tracker, self.job, self.tags())
-            latest = self.folder.checkpoints.latest()
-            if latest is not None:
-                log_history(tracker, latest.state["history"])
-            log_results(tracker, finished, {})
+            tracker.set_tags({f"data.{k}": v for k, v in finished.get("data", {}).items()})
+            log_history(tracker, self.folder.history())
+            log_results(tracker, self.folder, finished)
 
     def _open_record(self, telling: Telling) -> RunRecord:
         """Tell what is about to be trained, here and to MLflow."""
@@ -210,23 +207,20 @@ class TrainingRun:
         for name, picture in figures.items():
             self.folder.place.child("figures").child(f"{name}.png").write_bytes(picture)
         self.folder.write_json("summary.json", dict(summary))
-        log_results(tracker, summary, figures)
-        for file in self.folder.place.child("model").files():
-            tracker.log_artifact_bytes(file.read_bytes(), f"model/{file.name}")
+        log_results(tracker, self.folder, summary)
 
 
-def open_job_tracker(job: TrainingJob, folder: RunFolder) -> Tracker:
-    """The MLflow run of the job's run folder."""
+def open_job_tracker(job: TrainingJob, folder: RunFolder, *, again: bool = False) -> Tracker:
+    """The MLflow run of the job's run folder; ``again`` says that the run is finished."""
     if job.tracking_uri == OFF:
         return NoTracker()
     name = job.run_name or run_name(job)
-    local = Path(folder.place.path) if folder.place.is_local else Path(tempfile.gettempdir())
     return open_tracker(
         folder,
         uri=job.tracking_uri,
         experiment=job.experiment,
         run_name=name,
-        spool=local / "_tracking",
+        again=again,
     )
 
 
@@ -268,6 +262,7 @@ def go_back_to_latest(
     state.load_state_dict(latest.state["loop"])
     if record is not None:
         record.history[:] = latest.state["history"]
+        log_history(record.tracker, record.history)
         record.tell(f"going on after epoch {epoch + 1} of {num_epochs}")
 
 
