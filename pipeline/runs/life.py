@@ -148,7 +148,7 @@ class TrainingRun:
         self.outside.tell(f"{self.folder.place} is finished already: these are its results")
         with open_job_tracker(self.job, self.folder, again=True) as tracker:
             log_settings(tracker, self.job, self.tags())
-            tracker.set_tags({f"data.{k}": v for k, v in finished.get("data", {}).items()})
+            tracker.set_tags(_data_tags(finished))
             log_history(tracker, self.folder.history())
             log_results(tracker, self.folder, finished)
 
@@ -208,6 +208,16 @@ class TrainingRun:
             self.folder.place.child("figures").child(f"{name}.png").write_bytes(picture)
         self.folder.write_json("summary.json", dict(summary))
         log_results(tracker, self.folder, summary)
+
+
+def _data_tags(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What the run's ``Telling`` called ``data``, from the summary of any kind of run."""
+    data = dict(summary.get("data", {}))
+    if "num_images" in summary:
+        data["num_images"] = summary["num_images"]
+    for number, labels in enumerate(summary.get("labels", [])):
+        data[f"manifest_sha256.{number}"] = labels["manifest_sha256"]
+    return {f"data.{name}": value for name, value in data.items()}
 
 
 def open_job_tracker(job: TrainingJob, folder: RunFolder, *, again: bool = False) -> Tracker:

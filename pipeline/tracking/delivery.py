@@ -316,7 +316,8 @@ class Courier:
 
     def _send_metrics(self, events: Sequence[Event]) -> None:
         """Finite numbers as metrics; of the others each key's first as a tag (no plot has inf)."""
-        metrics, strange = [], {}
+        metrics: list[Any] = []
+        strange: dict[str, str] = {}
         for event in events:
             for name, value in event["values"].items():
                 key = legal_key(name)

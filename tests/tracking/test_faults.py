@@ -19,8 +19,8 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline.tracking import delivery
-from pipeline.tracking.delivery import Courier, Outbox, Run
-from pipeline.tracking.tracker import Tracker, connect, start_tracker
+from pipeline.tracking.delivery import Courier, Run
+from pipeline.tracking.tracker import MlflowTracker, Tracker, connect, start_tracker
 from tests.conftest import ROOT
 
 CANARY = "canary-5b1f"
@@ -217,19 +217,13 @@ class LosesAnswers:
 
 def test_answers_that_never_came_make_no_second_run_and_no_second_value(mlflow_uri: str) -> None:
     client, entities = connect(mlflow_uri)
-    courier = Courier(Run("lab", "tag"), lambda: (LosesAnswers(client), entities))
-    outbox = Outbox(courier)
-    values = {"rule": "solost", "images": f"s3://me:{CANARY}@bucket/x"}
-    outbox.record("params", lambda: {"values": values})
-    for name in ("config.txt", "grid.png"):
-        outbox.record("file", lambda name=name: {"path": name, "content": b"x"})
-    for step in range(50):
-        value = {"loss": 1 / (step + 1)}
-        outbox.record("metrics", lambda value=value, step=step: {"values": value, "step": step})
-    outbox.record("end", lambda: {"status": "FINISHED"})
-    assert courier.run_known.wait(60)
-    until(lambda: client.get_run(courier.run_id).info.status == "FINISHED")
-    told = outbox.close(60)
+    run = Run("lab", "tag")
+    tracker = MlflowTracker(run, Courier(run, lambda: (LosesAnswers(client), entities)))
+    log_a_run(tracker)
+    run_id = tracker.wait_for_run_id(60)
+    assert run_id
+    until(lambda: client.get_run(run_id).data.metrics == {"loss": 1 / 50})
+    told = tracker.close()
     assert (told.delivered, told.undelivered) == (54, 0)
     check_run(mlflow_uri)
 
