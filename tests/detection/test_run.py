@@ -1,6 +1,7 @@
 """A detector's run without Ray: stopped and continued, told again, and what is made of it."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
