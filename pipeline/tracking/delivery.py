@@ -151,9 +151,10 @@ class Outbox:
                     faults += 1
                     # An artifact store without credentials must not hold up the metrics. The event
                     # is tried once more, as MLflow may have come back only now.
-                    suspected = faults >= PATIENCE and self._courier.takes_a_tag(fault)
-                    chances -= self._closing.is_set()
-                    if not suspected and chances:
+                    enough = faults >= PATIENCE or self._closing.is_set()
+                    suspected = enough and self._courier.takes_a_tag(fault)
+                    if not suspected:
+                        chances -= self._closing.is_set()
                         self._pause(faults, fault)
                 continue
             self._delivered += self._remove(events)
