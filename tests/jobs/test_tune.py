@@ -107,8 +107,13 @@ def test_a_sweep_killed_again_and_again_loses_no_trial_and_repeats_none(
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.usefixtures("ray_address")
 def test_trials_of_two_workers_are_stopped_and_their_workers_make_room(tmp_path: Path) -> None:
-    """On two cores each trial needs both: one whose workers outlived it would hang the next."""
+    """On two cores each trial needs both: one whose workers outlived it would hang the next.
+
+    The sweep has a Ray of its own, and the tests' is the second one of this machine: Ray's clean-up
+    must know whose it is.
+    """
     pictures = training.write_classes(tmp_path / "pictures")
     source = CLASSIFIER.replace("[0.003]", "[0.003, 1e-7, 2e-7]")
     space, sweep = spaces.write(tmp_path, source), tmp_path / "s"
