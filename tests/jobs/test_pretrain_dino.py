@@ -25,7 +25,8 @@ from pipeline.scenes.scenes import write_collection
 from pipeline.storage import Location
 from tests.conftest import ROOT
 from tests.jobs import training
-from tests.jobs.conftest import kill, run_script, wait_for
+from tests.jobs.conftest import kill, wait_for
+from tests.jobs.here import run_here
 
 EPOCHS = 4
 # A resumed run repeats the same sums.
@@ -253,7 +254,7 @@ def test_the_labeller_takes_the_teacher_unnamed_and_finds_what_the_probe_found(
     assert manifest.rows == 12
     truth = material.scenes / "instances.json"
     evaluate = ROOT / "jobs" / "evaluate_boxes.py"
-    measured = run_script(evaluate, "--labels", labels, "--ground-truth", truth)
+    measured = run_here(evaluate, "--labels", labels, "--ground-truth", truth)
     found = json.loads(measured.stdout.splitlines()[-1])
     assert found["hits"] == round(12 * summary(uninterrupted)["metrics"]["probe/corloc_last"])
 
