@@ -4,6 +4,7 @@ Heavy libraries are imported where they are used: every test run loads this file
 """
 
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,12 @@ ROOT = Path(__file__).parent.parent
 
 # A Ray that is started locally asks for a token; who joins one must have said so before Ray loads.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def pytest_configure() -> None:
+    """One token for every Ray of the tests and all who join one: each process reads it once."""
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex())
 
 
 @pytest.fixture(scope="session")

@@ -46,6 +46,7 @@ def ray_session(*, debug: bool = False, dashboard: bool = False) -> Iterator[Non
                 logging_level=logging.INFO if debug else logging.ERROR,
                 log_to_driver=debug,
                 include_dashboard=dashboard if address == "local" else None,
+                runtime_env={"worker_process_setup_hook": _name_own_ray} if dashboard else None,
             )
     except (ConnectionError, RuntimeError, ValueError) as fault:
         raise ClusterError(
@@ -57,6 +58,15 @@ def ray_session(*, debug: bool = False, dashboard: bool = False) -> Iterator[Non
         yield
     finally:
         ray.shutdown()
+
+
+def _name_own_ray() -> None:
+    """Tell a worker which Ray it is of.
+
+    Whoever asks the dashboard, as Ray Train's clean-up does, looks for the one Ray of this machine
+    otherwise, and gives up where there are two.
+    """
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
 
 
 @contextmanager

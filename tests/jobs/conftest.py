@@ -158,3 +158,9 @@ def kill(process: "subprocess.Popen[str]") -> None:
     # minute, and does nothing else, before it gives up.
     _, alive = psutil.wait_procs(below, timeout=90)
     assert not alive, f"outlived the driver: {alive}"
+
+
+@pytest.fixture
+def on_tests_ray(ray_address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs join the tests' Ray, in this process and in others."""
+    monkeypatch.setenv("RAY_ADDRESS", ray_address)
