@@ -18,7 +18,6 @@ Shape letters:  H, W rows and columns
 """
 
 import os
-import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,12 +43,11 @@ from benchmarks.detector_ways import (
 )
 from benchmarks.rounds import Ratio, print_and_keep, ratio, take_turns
 from benchmarks.training_workers import ray_against_plain
-from pipeline.config.detection import DetectComputeConfig, DetectImagesConfig
+from pipeline.config.detection import DetectComputeConfig, DetectImagesConfig, DetectorKind
 from pipeline.data.lake import Collection
 from pipeline.data.pixels import load_pixels
 from pipeline.detection.c4 import BackboneName
 from pipeline.detection.labeller import DetectedBoxes, DetectionLabeller
-from pipeline.detection.options import DetectorKind
 from pipeline.labelling.rows import decoded_images
 from pipeline.models.features import in_precision
 from pipeline.training.workers import Workers
@@ -139,8 +137,7 @@ class BareForward:
 
     def _seen(self, image: NDArray[np.uint8]) -> Tensor:
         predictor = self._labeller.predictor
-        no_boxes = np.zeros((0, 4), np.float32)
-        image_3HW, _ = predictor.transform(Image.fromarray(image), no_boxes, random.Random(0))
+        image_3HW = predictor.size.pixels_of(Image.fromarray(image))
         return image_3HW.to(predictor.device).float() / 255
 
     @torch.inference_mode()

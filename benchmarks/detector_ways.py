@@ -1,6 +1,6 @@
 """A detector trained in two ways, ours and torchvision's, and what detecting costs in Ray.
 
-To measure another kind: a name in ``pipeline.detection.options.DetectorKind`` is enough, unless
+To measure another kind: a name in ``config.detection.DetectorKind`` is enough, unless
 torchvision wants other arguments for it (``stock``).
 
 Shape letters:  M boxes of all images
@@ -24,13 +24,15 @@ from torchvision.ops import MultiScaleRoIAlign
 from benchmarks.training_ways import LoopTraining, RepeatedBatch
 from benchmarks.training_workers import Job
 from pipeline.config import TrainDetectorJob
+from pipeline.config.detection import DetectorKind
 from pipeline.config.settings import Precision
 from pipeline.data.ground_truth import read_coco
 from pipeline.data.pseudo_labels import SCHEMA
+from pipeline.detection.box_loader import SeenSize
 from pipeline.detection.c4 import STRIDES, BackboneName
 from pipeline.detection.detector import Detector, build_detector
-from pipeline.detection.exported_detector import StoredDetector, TestSize
-from pipeline.detection.options import DetectorKind, DetectorOptions, default_options
+from pipeline.detection.exported_detector import StoredDetector
+from pipeline.detection.options import DetectorOptions, default_options
 from pipeline.detection.setup import set_up
 from pipeline.detection.task import canvas_of, inputs_of
 from pipeline.labelling.rows import Provenance
@@ -106,7 +108,7 @@ class Plan:
         """What detects, as ``jobs/detect_images.py`` reads it from a folder."""
         torch.manual_seed(0)
         detector = build_detector(self.options).eval()
-        return StoredDetector(detector, TestSize(self.side, 2 * self.side), ("object",), "", {})
+        return StoredDetector(detector, SeenSize(self.side, 2 * self.side), ("object",), "", {})
 
 
 def plant_table(root: Path, *, side: int, num_images: int) -> None:

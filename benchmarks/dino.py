@@ -36,11 +36,11 @@ from benchmarks.rounds import Ratio, print_and_keep, ratio, take_turns
 from benchmarks.training_ways import LoopTraining, RepeatedBatch, plant_pictures
 from benchmarks.training_workers import Job, ray_against_plain, two_against_one
 from pipeline.config import PretrainDinoJob
-from pipeline.config.pretraining import presets
+from pipeline.config.pretraining import CropsConfig, presets
 from pipeline.losses.dino import dino_loss
 from pipeline.pretraining.setup import build_objective, set_up
 from pipeline.pretraining.task import Crops
-from pipeline.pretraining.views import NUM_GLOBAL, MultiCropOptions, draw_views, make_views
+from pipeline.pretraining.views import NUM_GLOBAL, draw_views, make_views
 from pipeline.training.loop import AUTOCAST, Hooks, StepKey
 from pipeline.training.workers import Workers
 
@@ -209,8 +209,11 @@ def _pieces(ours: OurTraining) -> dict[str, Callable[[], object]]:
     """Shares of our step, each on inputs of the right shape."""
     objective, device = ours.task.objective, ours.task.workers.device
     student, teacher = objective.student, objective.teacher
-    images, num_views = len(ours.batch.labels_B), NUM_GLOBAL + ours.task.views.num_local
-    temps = {"student_temp": objective.student_temp, "teacher_temp": ours.task.teacher_temp(0)}
+    images, num_views = ours.batch.num_images, NUM_GLOBAL + ours.task.crops.num_local
+    temps = {
+        "student_temp": objective.config.student_temp,
+        "teacher_temp": ours.task.teacher_temp(0),
+    }
     width: Any = student.backbone.num_features
     features_BD = torch.randn(num_views * images, width, device=device, requires_grad=True)
     weights = [weight for weight in student.head.parameters() if weight.requires_grad]
@@ -244,14 +247,14 @@ def views_against_torchvision(settings: Settings, root: Path) -> list[Ratio]:
     device = torch.device(settings.device)
     job = settings.job(root, settings.batch_size)
     task = OurTraining(job, Workers(0, 1, torch.device("cpu")), steps=1)
-    images_B3HW, options = task.batch.images_B3HW, task.task.views
+    images_B3HW, crops = task.batch.images_B3HW, task.task.crops
     size = (images_B3HW.shape[2], images_B3HW.shape[3])
-    recipes = [_recipe(options, number) for number in range(NUM_GLOBAL + options.num_local)]
+    recipes = [_recipe(crops, number) for number in range(NUM_GLOBAL + crops.num_local)]
     generator = torch.Generator().manual_seed(0)
 
     def ours() -> None:
-        drawn = draw_views(len(images_B3HW), size, options, generator)
-        make_views(images_B3HW.to(device), drawn, options)
+        drawn = draw_views(len(images_B3HW), size, crops, generator)
+        make_views(images_B3HW.to(device), drawn, crops)
 
     def one_by_one(images: Sequence[Any]) -> None:
         made = [[recipe(image) for recipe in recipes] for image in images]
@@ -277,27 +280,27 @@ def views_against_torchvision(settings: Settings, root: Path) -> list[Ratio]:
     ]
 
 
-def _recipe(options: MultiCropOptions, number: int) -> v2.Transform:
+def _recipe(crops: CropsConfig, number: int) -> v2.Transform:
     """What makes view ``number`` of an image, with torchvision's own parts."""
     is_global, kind = number < NUM_GLOBAL, min(number, NUM_GLOBAL)
-    jitter = v2.ColorJitter(options.brightness, options.contrast, options.saturation, options.hue)
-    blur = v2.GaussianBlur(_BLUR_KERNEL, options.blur_sigma)
+    jitter = v2.ColorJitter(crops.brightness, crops.contrast, crops.saturation, crops.hue)
+    blur = v2.GaussianBlur(_BLUR_KERNEL, crops.blur_sigma)
     return v2.Compose(
         [
             v2.RandomResizedCrop(
-                options.global_size if is_global else options.local_size,
-                scale=options.global_scale if is_global else options.local_scale,
-                ratio=options.ratio,
+                crops.global_size if is_global else crops.local_size,
+                scale=crops.global_scale if is_global else crops.local_scale,
+                ratio=crops.ratio,
                 interpolation=v2.InterpolationMode.BICUBIC,
             ),
-            v2.RandomHorizontalFlip(options.hflip),
-            v2.RandomApply([jitter], options.jitter_prob),
-            v2.RandomGrayscale(options.gray_prob),
-            v2.RandomApply([blur], options.blur_prob[kind]),
-            v2.RandomSolarize(128, options.solarize_prob[kind]),
+            v2.RandomHorizontalFlip(crops.hflip),
+            v2.RandomApply([jitter], crops.jitter_prob),
+            v2.RandomGrayscale(crops.gray_prob),
+            v2.RandomApply([blur], crops.blur_prob[kind]),
+            v2.RandomSolarize(128, crops.solarize_prob[kind]),
             v2.ToImage(),
             v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(options.mean, options.std),
+            v2.Normalize(crops.mean, crops.std),
         ]
     )
 

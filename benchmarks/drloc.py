@@ -95,8 +95,8 @@ class Settings:
 
 
 def repeated(network: Network, batch_size: int, steps: int) -> RepeatedBatch:
-    images_B3HW, labels_B = network.noise(batch_size)
-    return RepeatedBatch(Batch(images_B3HW, labels_B, batch_size, 0), steps)
+    images_B3HW, targets_B = network.noise(batch_size)
+    return RepeatedBatch(Batch(images_B3HW, targets_B, batch_size, 0), steps)
 
 
 def step_with_drloc(settings: Settings) -> list[Ratio]:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from benchmarks.feature_sweep import boxes_by_rule
 from benchmarks.timing import print_table, write_json
 from pipeline.config import LocalizationConfig
+from pipeline.config.pretraining import DINOConfig
 from pipeline.data.labelled_folders import is_archive, read_archive, read_folder
 from pipeline.evaluation.corloc import (
     THRESHOLD,
@@ -87,7 +88,8 @@ def main(settings: Settings) -> None:
         print_table(f"CorLoc (%) on {images}", ["boxes", "CorLoc", "95 %"], rows)
     if settings.labelled is not None:
         for name, weights in (("shipped", load_weights(SHIPPED, None)), ("untrained", None)):
-            network = DINONetwork(build_vit(NANO, weights=weights), num_prototypes=1).eval()
+            vit = build_vit(NANO, weights=weights)
+            network = DINONetwork(vit, DINOConfig(out_dim=1)).eval()
             result[f"k-NN {name}"] = _neighbours(network, settings)
             print(f"k-NN {name}: {result[f'k-NN {name}']:.1%}", flush=True)
     write_json(
@@ -172,7 +174,7 @@ class _Some:
     def __init__(self, images: Any, count: int) -> None:
         self._images = images
         self._index_N = np.linspace(0, len(images) - 1, min(count, len(images))).astype(np.int64)
-        self.labels = images.labels[self._index_N]
+        self.targets = images.targets[self._index_N]
 
     def __len__(self) -> int:
         return len(self._index_N)

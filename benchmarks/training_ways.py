@@ -15,17 +15,19 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from pipeline.classification.augment import AugmentOptions, MixOptions, train_transform
+from pipeline.classification.augment import train_transform
 from pipeline.classification.task import SupervisedObjective, SupervisedTask
+from pipeline.config import AugmentConfig, DRLocConfig
+from pipeline.config.classification import Pooling
+from pipeline.config.settings import LoaderConfig
 from pipeline.data.labelled_folders import read_folder
 from pipeline.data.loader import (
     Batch,
     BatchLoader,
-    LoaderOptions,
     ShardedBatchSampler,
     train_loader,
 )
-from pipeline.losses.multi_stage import DRLocObjective, DRLocOptions, Pooling
+from pipeline.losses.multi_stage import DRLocObjective
 from pipeline.models.backbones import build_model
 from pipeline.training.loop import AUTOCAST, Hooks, LoopSettings, LoopState, Task, train
 from pipeline.training.optim import build_optimizer, parameter_groups
@@ -60,23 +62,23 @@ class Network:
         shapes = classifier.grid_shapes((self.image_size, self.image_size))
         # As a job does: grids of 14 x 14 become 7 x 7.
         kind: Pooling = "mean_2x2" if max(shapes[0][1:]) >= 14 else "none"
-        options = DRLocOptions(num_pairs=NUM_PAIRS)
-        head = DRLocObjective(shapes, options, pooling=kind) if drloc else None
+        config = DRLocConfig(num_pairs=NUM_PAIRS)
+        head = DRLocObjective(shapes, config, pooling=kind) if drloc else None
         objective = SupervisedObjective(classifier, head).to(self.device)
         if self.channels_last:
             objective = objective.to(memory_format=torch.channels_last)
         return objective
 
     def noise(self, num_images: int) -> tuple[Tensor, Tensor]:
-        """``(images_B3HW, labels_B)`` on the device."""
+        """``(images_B3HW, targets_B)`` on the device."""
         generator = torch.Generator().manual_seed(0)
         images_B3HW = torch.randn(
             num_images, 3, self.image_size, self.image_size, generator=generator
         )
-        labels_B = torch.randint(self.num_classes, (num_images,), generator=generator)
+        targets_B = torch.randint(self.num_classes, (num_images,), generator=generator)
         if self.channels_last:
             images_B3HW = images_B3HW.contiguous(memory_format=torch.channels_last)
-        return images_B3HW.to(self.device), labels_B.to(self.device)
+        return images_B3HW.to(self.device), targets_B.to(self.device)
 
 
 class RepeatedBatch:
@@ -138,16 +140,11 @@ class OurTraining(LoopTraining):
     ) -> None:
         workers = workers or Workers(0, 1, network.device)
         self.objective = network.build(drloc=drloc)
-        mixing = MixOptions(
-            num_classes=network.num_classes,
-            mixup=MIXUP,
-            cutmix=CUTMIX,
-            label_smoothing=SMOOTHING,
-        )
         task = SupervisedTask(
             objective=self.objective,
             loader=loader,
-            mixing=mixing,
+            augment=AugmentConfig(mixup=MIXUP, cutmix=CUTMIX, label_smoothing=SMOOTHING),
+            num_classes=network.num_classes,
             drloc_weight=lambda epoch: 0.5,
             workers=workers,
             seed=0,
@@ -248,11 +245,13 @@ def plant_pictures(root: Path, *, num_images: int, side: int, num_classes: int) 
 def our_loader(root: Path, network: Network, batch_size: int, num_workers: int) -> BatchLoader:
     """Our batches of the folder's images, decoded anew in every epoch."""
     images = read_folder(str(root)).train
+    augment = AugmentConfig(crop="random_resized", rand_augment=_RAND_AUGMENT)
     return train_loader(
         images,
-        train_transform(AugmentOptions(image_size=network.image_size, rand_augment=_RAND_AUGMENT)),
+        train_transform(augment, network.image_size),
         sampler=ShardedBatchSampler(len(images), batch_size=batch_size, group=2),
-        options=LoaderOptions(num_workers=num_workers, device_type=network.device.type),
+        config=LoaderConfig(loader_workers=num_workers),
+        device_type=network.device.type,
     )
 
 

@@ -36,9 +36,9 @@ class Load:
 
     def training(self, workers: Workers) -> OurTraining:
         """That of one of ``workers``."""
-        images_B3HW, labels_B = self.network.noise(self.local_batch)
+        images_B3HW, targets_B = self.network.noise(self.local_batch)
         first = workers.rank * self.local_batch
-        batch = Batch(images_B3HW, labels_B, self.local_batch * workers.size, 0, first)
+        batch = Batch(images_B3HW, targets_B, self.local_batch * workers.size, 0, first)
         loader = RepeatedBatch(batch, self.steps).as_loader()
         return OurTraining(self.network, loader, drloc=True, workers=workers)
 

@@ -1,25 +1,16 @@
-"""Patchseed: train vision models where labels are few, make labels where there are none.
+"""Patchseed: make labels where there are none, train vision models where labels are few.
 
-The rooms, from the ground up (imports only go downwards; `make check` proves it):
+The rooms, from the ground up. Imports only go downwards, and `make check` proves it; what a room
+holds and how it is extended stands in its own docstring.
 
-    errors.py          what can go wrong, and the exit code of each
-    config/            every knob of every job, and the presets
-    command_line.py    flags and YAML -> configuration -> exit code
-    storage.py         a URI, its bytes, its atomic writes
-    boxes.py           xyxy maths
-    models/            image -> patch tokens; image -> logits and grids
-    data/              images, collections, labels, and THE table the stages meet in
-    losses/            a grid of tokens -> DRLoc; two networks' answers -> DINO
-    training/          the loop, optimisers, schedules, checkpoints; it knows no task
-    localization/      patch tokens -> one box (LOST, SoLOST); the rule is seed_expansion.py
-    evaluation/        CorLoc with its interval; paired comparisons of runs
-    drawing/images.py   what the method saw, as pictures
-    tracking/tracker.py        MLflow, which may fail without harm
-    comparison/recorded_runs.py recorded runs, read back
-    comparison/compare_runs.py    runs -> the paired table
-    labelling/labeller.py       a batch of images -> rows of the table (no Ray)
-    pretraining/       a classifier's or a DINO run from settings to results (no Ray)
-    detection/         the class-agnostic detector: model, training, use (no Ray)
-    clustering/        crops of boxes -> classes without labels (no Ray)
-    cluster/           the only room that imports Ray
+    errors, storage               what can go wrong, with an exit code each; a URI and its bytes
+    config, boxes, lease, command_line, progress
+                                  every knob; xyxy maths; one writer per output; flags; a bar
+    data, scenes, models, localization, losses, training, drawing, tracking
+                                  what everything is made of: none of them knows a job
+    runs, evaluation              a training run's life; boxes against ground truth
+    classification, pretraining, detection, labelling, clustering, gallery, comparison
+                                  what the jobs do, each in its room; a notebook can call them
+    tuning, reproduction          many runs: sweeps of settings, the papers' tables
+    cluster                       the only room that imports Ray
 """

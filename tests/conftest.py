@@ -129,7 +129,7 @@ def empty_mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("mlflow")
     uri = f"sqlite:///{folder}/mlflow.db"
-    start_tracker(uri, experiment="first", spool=folder / "spool").close()
+    start_tracker(uri, experiment="first").close()
     return folder / "mlflow.db"
 
 

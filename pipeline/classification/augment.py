@@ -1,7 +1,7 @@
-"""What happens to an image between the decoder and the network, and to a batch of labels.
+"""What happens to an image between the decoder and the network, and to a batch of targets.
 
 ``train_transform`` and ``eval_transform`` turn one image into a normalised tensor, ``mix`` is Mixup
-and CutMix on a batch. To add an augmentation: a field of ``AugmentOptions`` and a step in
+and CutMix on a batch. To add an augmentation: a field of ``AugmentConfig`` and a step in
 ``train_transform``. Steps may draw from the global generators: the loaders seed them per image.
 
 This and models/backbones.py are the only files that import timm.
@@ -10,8 +10,7 @@ Shape letters:  B images   H, W rows and columns in pixels   K classes
 """
 
 import re
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image, ImageOps
@@ -21,78 +20,69 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
+from pipeline.config.classification import AugmentConfig, Crop
 from pipeline.data.loader import Transform
 from pipeline.data.seeding import seeded
 from pipeline.errors import ConfigError
+from pipeline.models.features import NORMALIZATIONS
+
+_INTERPOLATION = InterpolationMode.BICUBIC
 
 # timm skips what it cannot read in such a string, so that a typing error would go unnoticed.
 _RAND_AUGMENT = re.compile(r"rand(-(m\d+|n\d+|mmax\d+|inc[01]|(p|mstd)\d+(\.\d+)?|tweights))*")
 
 
-@dataclass(frozen=True, kw_only=True)
-class AugmentOptions:
-    """How training images are varied and all images are brought to size; defaults of Swin."""
+SMALL_SIDE = 64
+"""Up to this side images are shifted and not cropped by default, as is usual for CIFAR."""
 
-    image_size: int = 224
-    """Side in pixels that the network gets."""
-
-    crop: Literal["random_resized", "pad"] = "random_resized"
-    """pad: a crop from the image with a black border of an eighth, for small images (CIFAR)."""
-
-    scale: tuple[float, float] = (0.08, 1.0)
-    """random_resized only: share of the image's area that a crop takes."""
-
-    hflip: bool = True
-    """False where a mirrored image means something else, such as digits."""
-
-    rand_augment: str | None = "rand-m9-mstd0.5-inc1"
-    """In timm's notation; None for none."""
-
-    color_jitter: float = 0.4
-    """Brightness, contrast and saturation; as in timm without effect beside RandAugment."""
-
-    random_erasing: float = 0.25
-    """Probability that a rectangle of the image becomes noise."""
-
-    interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
-    """random: one of the two per training image; bicubic in evaluation."""
-
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-
-    crop_pct: float = 224 / 256
-    """random_resized only: share of the shorter side that the centre crop of evaluation keeps."""
+CROP_PCT = 224 / 256
+"""Share of the shorter side that the centre crop of evaluation keeps."""
 
 
-def train_transform(options: AugmentOptions) -> Transform:
+def train_transform(
+    config: AugmentConfig, image_size: int, *, mirror_safe: bool = True
+) -> Transform:
     """The random transform of training images, put together by timm.
+
+    Args:
+        config: how they are varied.
+        image_size: side in pixels that the network gets.
+        mirror_safe: whether a mirrored image keeps its class, unlike a digit.
 
     Raises:
         ConfigError: ``rand_augment`` is not in timm's notation.
     """
-    _check_rand_augment(options.rand_augment)
+    _check_rand_augment(config.rand_augment)
+    mirrors = config.hflip == "always" or (config.hflip == "unless_digits" and mirror_safe)
+    mean, std = NORMALIZATIONS[config.normalize]
     steps = create_transform(
-        options.image_size,
+        image_size,
         is_training=True,
-        scale=options.scale,
-        hflip=0.5 if options.hflip else 0.0,
-        color_jitter=options.color_jitter or None,
-        auto_augment=options.rand_augment,
-        interpolation=options.interpolation,
-        mean=options.mean,
-        std=options.std,
-        re_prob=options.random_erasing,
+        scale=(config.min_scale, 1.0),
+        hflip=0.5 if mirrors else 0.0,
+        color_jitter=config.color_jitter or None,
+        auto_augment=config.rand_augment,
+        interpolation=_INTERPOLATION.value,
+        mean=mean,
+        std=std,
+        re_prob=config.random_erasing,
         re_mode="pixel",
         re_count=1,
     ).transforms
     _mend_posterize(steps)
-    match options.crop:
+    match crop_of(config, image_size):
         case "random_resized":
             return _one_after_another(steps)
         case "pad":
-            # timm has no such crop: it takes the place of the first step, the resized one.
-            crop = transforms.RandomCrop(options.image_size, padding=options.image_size // 8)
-            return _one_after_another([_whole_image(options), crop, *steps[1:]])
+            # timm has no such crop: it takes the place of the first step, the resized one. A black
+            # border of an eighth gives it room.
+            crop = transforms.RandomCrop(image_size, padding=image_size // 8)
+            return _one_after_another([_whole_image(image_size), crop, *steps[1:]])
+
+
+def crop_of(config: AugmentConfig, image_size: int) -> Crop:
+    """How training images are cut; of evaluation's, ``pad`` takes the whole, else the centre."""
+    return config.crop or ("pad" if image_size <= SMALL_SIDE else "random_resized")
 
 
 def _mend_posterize(steps: list[Any]) -> None:
@@ -111,17 +101,14 @@ def _posterize(image: Image.Image, bits_to_keep: int, **_: object) -> Image.Imag
     return image if bits_to_keep >= 8 else ImageOps.posterize(image, bits_to_keep)
 
 
-def eval_transform(options: AugmentOptions) -> Transform:
+def eval_transform(config: AugmentConfig, image_size: int) -> Transform:
     """The fixed transform of evaluation: a centre crop, or with ``pad`` the image to its border."""
-    if options.crop == "pad":
-        to_tensor = [transforms.ToTensor(), transforms.Normalize(options.mean, options.std)]
-        return _one_after_another([_whole_image(options), *to_tensor])
+    mean, std = NORMALIZATIONS[config.normalize]
+    if crop_of(config, image_size) == "pad":
+        to_tensor = [transforms.ToTensor(), transforms.Normalize(mean, std)]
+        return _one_after_another([_whole_image(image_size), *to_tensor])
     cropping = create_transform(
-        options.image_size,
-        interpolation=_fixed_interpolation(options).value,
-        mean=options.mean,
-        std=options.std,
-        crop_pct=options.crop_pct,
+        image_size, interpolation=_INTERPOLATION.value, mean=mean, std=std, crop_pct=CROP_PCT
     )
     return _one_after_another(cropping.transforms)
 
@@ -131,15 +118,9 @@ def _one_after_another(steps: list[Any]) -> Transform:
     return transform
 
 
-def _whole_image(options: AugmentOptions) -> transforms.Resize:
+def _whole_image(side: int) -> transforms.Resize:
     """All of the image in a square; one that has that size already stays untouched."""
-    side = options.image_size
-    return transforms.Resize((side, side), interpolation=_fixed_interpolation(options))
-
-
-def _fixed_interpolation(options: AugmentOptions) -> InterpolationMode:
-    bilinear = options.interpolation == "bilinear"
-    return InterpolationMode.BILINEAR if bilinear else InterpolationMode.BICUBIC
+    return transforms.Resize((side, side), interpolation=_INTERPOLATION)
 
 
 def _check_rand_augment(text: str | None) -> None:
@@ -150,46 +131,41 @@ def _check_rand_augment(text: str | None) -> None:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class MixOptions:
-    """How batches are mixed; with both alphas 0 the labels are smoothed and nothing else."""
-
-    num_classes: int
-    mixup: float = 0.8
-    cutmix: float = 1.0
-    label_smoothing: float = 0.1
-
-
 def mix(
-    images_B3HW: Tensor, labels_B: Tensor, options: MixOptions, *, key: tuple[int, ...]
+    images_B3HW: Tensor,
+    targets_B: Tensor,
+    config: AugmentConfig,
+    *,
+    num_classes: int,
+    key: tuple[int, ...],
 ) -> tuple[Tensor, Tensor]:
     """``(images_B3HW, targets_BK)``: timm's Mixup or CutMix, one draw for the batch, on its device.
 
     Neighbours are mixed with each other: images 0 and 1, 2 and 3, and so on. (timm pairs the first
     with the last.) So slices of whole pairs, mixed with equal keys, give together what the batch
-    gives at once. The last image of an odd batch meets itself: it stays as it is.
+    gives at once. The last image of an odd batch meets itself: it stays as it is. With both alphas
+    0 targets are smoothed and nothing else.
 
     Args:
         images_B3HW: Not changed.
-        labels_B: int64 classes.
-        options: The alphas, the smoothing and the number of classes.
+        targets_B: int64 classes.
+        config: The alphas and the smoothing.
+        num_classes: K.
         key: What the draw follows from. (seed, epoch, step, rank): each rank draws its own, as
             everywhere. (seed, epoch, step): a run does not depend on the number of ranks.
     """
-    if not options.mixup and not options.cutmix:
-        return images_B3HW, mixup_target(
-            labels_B, options.num_classes, smoothing=options.label_smoothing
-        )
+    if not config.mixes:
+        return images_B3HW, mixup_target(targets_B, num_classes, smoothing=config.label_smoothing)
     mixer = Mixup(
-        mixup_alpha=options.mixup,
-        cutmix_alpha=options.cutmix,
-        label_smoothing=options.label_smoothing,
-        num_classes=options.num_classes,
+        mixup_alpha=config.mixup,
+        cutmix_alpha=config.cutmix,
+        label_smoothing=config.label_smoothing,
+        num_classes=num_classes,
     )
-    there, back = _neighbours_at_opposite_ends(len(labels_B), images_B3HW.device)
+    there, back = _neighbours_at_opposite_ends(len(targets_B), images_B3HW.device)
     # timm draws from numpy's global stream: nobody else shall notice, nor have any say.
     with seeded("mix", *key):
-        mixed_B3HW, targets_BK = mixer(images_B3HW[there], labels_B[there])
+        mixed_B3HW, targets_BK = mixer(images_B3HW[there], targets_B[there])
     return mixed_B3HW[back], targets_BK[back]
 
 

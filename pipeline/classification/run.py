@@ -6,12 +6,12 @@ together is asked of torch (training/workers.py). Rank 0 alone writes; all read 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
+from pipeline.classification.augment import CROP_PCT, crop_of
 from pipeline.classification.confusion import Confusion, confusion_picture, count_confusion
 from pipeline.classification.setup import ClassifierSetup, set_up
 from pipeline.config import TrainClassifierJob
@@ -24,6 +24,7 @@ from pipeline.models.exporting import (
     export_classifier,
     load_classifier,
 )
+from pipeline.models.features import NORMALIZATIONS
 from pipeline.models.onnx_export import export_onnx
 from pipeline.runs.curves import curves_picture
 from pipeline.runs.folder import RunFolder
@@ -31,8 +32,6 @@ from pipeline.runs.life import (
     Outside,
     Telling,
     TrainingRun,
-    finished_results,
-    open_record,
     summary_of,
 )
 from pipeline.runs.record import Epoch
@@ -41,41 +40,29 @@ from pipeline.tracking.tracker import Tracker
 from pipeline.training.loop import AUTOCAST
 from pipeline.training.workers import Workers
 
-KIND = "classifier"
-"""Of these runs, in summaries, in MLflow and in steps that are kept."""
-
 
 def train_classifier_here(
     job: TrainClassifierJob, folder: RunFolder, workers: Workers, outside: Outside
 ) -> dict[str, Any]:
-    """Train until the job's last epoch, from where the folder's checkpoints end.
-
-    A finished run is not trained again: its results are told, and sent to MLflow, once more.
-
-    Returns:
-        The summary that also lies in the folder.
-
-    Raises:
-        PatchseedError: as errors.py lists; finished epochs are kept.
-    """
-    finished = finished_results(job, folder, workers, outside, _tags(job))
-    if finished is not None:
-        return finished
-    setup = set_up(job, workers)
-    record = None
-    if workers.is_first:
-        shown = partial(_shown, floor_cells=_floor_cells(setup))
-        telling = Telling(_tags(job), describe_lines(setup), setup.data.describe(), shown)
-        record = open_record(job, folder, setup, outside, telling)
-    return _ClassifierRun(job, folder, workers, outside, setup, record).train()
+    """Train on this worker, or tell what was trained; see ``TrainingRun.run``."""
+    return _ClassifierRun(job, folder, workers, outside).run()
 
 
-@dataclass
 class _ClassifierRun(TrainingRun):
     """Validation, and the model of the best epoch at the end."""
 
     job: TrainClassifierJob
     setup: ClassifierSetup
+
+    def set_up(self) -> ClassifierSetup:
+        return set_up(self.job, self.workers)
+
+    def tags(self) -> dict[str, str]:
+        return {"patchseed.pair_key": config_hash(self.job.what_pairs())}
+
+    def telling(self) -> Telling:
+        shown = partial(_shown, floor_cells=_floor_cells(self.setup))
+        return Telling(_described(self.setup), self.setup.data.describe(), shown)
 
     def look(self, epoch: int, numbers: dict[str, float]) -> float | None:
         terms = ("train/cross_entropy", "train/drloc_weighted")
@@ -106,14 +93,12 @@ class _ClassifierRun(TrainingRun):
         summary = self._summary(metrics)
         if self.record is not None:
             self._write_results(summary, confusion, tracker)
-        self.workers.wait()
-        self.outside.report(metrics)
         return summary
 
     def _summary(self, metrics: dict[str, float]) -> dict[str, Any]:
-        weights, side = self.setup.weights, self.setup.augment.image_size
+        weights, side = self.setup.weights, self.setup.image_size
         return {
-            **summary_of(self.job, KIND, self.workers, metrics),
+            **summary_of(self.job, self.workers, metrics),
             "pair_key": config_hash(self.job.what_pairs()),
             "data": self.setup.data.describe(),
             "grids": self.setup.task.objective.classifier.grid_shapes((side, side)),
@@ -150,15 +135,11 @@ def measure(
             images_B3HW = images_B3HW.contiguous(memory_format=torch.channels_last)
         with torch.autocast(workers.device.type, dtype=kind, enabled=kind is not None):
             predicted_B = network(images_B3HW).logits_BK.argmax(dim=1)
-        true_B = batch.labels_B.to(workers.device, non_blocking=True)
+        true_B = batch.targets_B.to(workers.device, non_blocking=True)
         counts_KK += count_confusion(true_B, predicted_B, num_classes)
     network.train(was_training)
     # Once over the whole set: workers may have different numbers of batches.
     return Confusion(workers.total(counts_KK).cpu().numpy())
-
-
-def _tags(job: TrainClassifierJob) -> dict[str, str]:
-    return {"patchseed.kind": KIND, "patchseed.pair_key": config_hash(job.what_pairs())}
 
 
 def _floor_cells(setup: ClassifierSetup) -> float | None:
@@ -182,11 +163,11 @@ def _shown(history: Sequence[Epoch], *, floor_cells: float | None) -> str:
     return " ".join(parts)
 
 
-def describe_lines(setup: ClassifierSetup) -> list[str]:
+def _described(setup: ClassifierSetup) -> list[str]:
     """What is about to be trained on what, and against which floor."""
     data, drloc = setup.data, setup.task.objective.drloc
     num_weights = sum(one.numel() for one in setup.task.objective.classifier.parameters())
-    side = setup.augment.image_size
+    side = setup.image_size
     grids = setup.task.objective.classifier.grid_shapes((side, side))
     shown = ", ".join(f"{height} x {width} x {depth}" for depth, height, width in grids)
     fingerprint = data.fingerprint
@@ -207,18 +188,19 @@ def describe(
     job: TrainClassifierJob, setup: ClassifierSetup, summary: dict[str, Any]
 ) -> ClassifierDescription:
     """What an exported model says of itself."""
-    augment = setup.augment
+    augment, side = job.augment, setup.image_size
+    mean, std = NORMALIZATIONS[augment.normalize]
     return ClassifierDescription(
         architecture=job.model.name,
         classes=setup.data.classes,
         preprocessing=Preprocessing(
-            image_size=augment.image_size,
-            mean=augment.mean,
-            std=augment.std,
-            crop="whole" if augment.crop == "pad" else "centre",
-            crop_pct=augment.crop_pct,
+            image_size=side,
+            mean=mean,
+            std=std,
+            crop="whole" if crop_of(augment, side) == "pad" else "centre",
+            crop_pct=CROP_PCT,
         ),
-        image_size=augment.image_size,
+        image_size=side,
         patch_size=setup.patch_size,
         drop_path=job.model.drop_path,
         stages=job.drloc.stages,

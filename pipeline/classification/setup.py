@@ -8,36 +8,23 @@ first step. To add a way to vary images: ``augment.py``; a data set:
 import logging
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from pipeline.classification.augment import (
-    AugmentOptions,
-    MixOptions,
-    eval_transform,
-    train_transform,
-)
+from pipeline.classification.augment import SMALL_SIDE, eval_transform, train_transform
 from pipeline.classification.task import SupervisedObjective, SupervisedTask
 from pipeline.config import TrainClassifierJob
+from pipeline.config.classification import Pooling
 from pipeline.data.classification_sets import ClassificationData, load_classification
 from pipeline.data.labelled_images import LabelledImages, cached
-from pipeline.data.loader import (
-    BatchLoader,
-    LoaderOptions,
-    eval_loader,
-    num_loaders,
-    train_loader,
-)
+from pipeline.data.loader import BatchLoader, eval_loader, train_loader
 from pipeline.data.sharding import ShardedBatchSampler
-from pipeline.data.splits import SplitRule
 from pipeline.errors import ConfigError
-from pipeline.losses.multi_stage import DRLocObjective, DRLocOptions, Pooling, pooled_shape
+from pipeline.losses.multi_stage import DRLocObjective, pooled_shape
 from pipeline.models.backbones import build_model, load_classifier_weights
 from pipeline.models.checkpoints import Weights
-from pipeline.models.features import NORMALIZATIONS
 from pipeline.models.grid_classifier import GridClassifier
 from pipeline.training import schedules
 from pipeline.training.loop import LoopSettings, LoopState
@@ -50,28 +37,22 @@ from pipeline.training.optim import (
 )
 from pipeline.training.workers import Workers
 
-SMALL_SIDE = 64
-"""Up to this side images are shifted and not cropped by default, as is usual for CIFAR."""
-
 _FEW_STEPS = 10
 _LOG = logging.getLogger(__name__)
 
 
 def load_data(job: TrainClassifierJob, workers: Workers) -> ClassificationData:
-    """The labelled images, divided by the job's rule.
+    """The labelled images, divided as the job says.
 
     Raises:
         ConfigError, DataError: as load_classification does.
     """
-    rule = SplitRule(
-        validation_fraction=job.data.validation_fraction,
-        train_per_class=job.data.train_per_class,
-        select_on_test=job.data.select_on_test,
-        seed=job.seed,
-    )
 
     def load(*, download: bool) -> ClassificationData:
-        return load_classification(job.data.name, job.data.root, download=download, rule=rule)
+        data = job.data
+        return load_classification(
+            data.name, data.root, split=data, seed=job.seed, download=download
+        )
 
     # One worker fetches, the others find what it fetched.
     first = load(download=job.data.download) if workers.is_first else None
@@ -79,47 +60,14 @@ def load_data(job: TrainClassifierJob, workers: Workers) -> ClassificationData:
     return first or load(download=False)
 
 
-def augment_options(
-    job: TrainClassifierJob, data: ClassificationData, image_size: int
-) -> AugmentOptions:
-    """How training images are varied and all are brought to ``image_size``."""
-    chosen = job.augment
-    usual: Literal["pad", "random_resized"] = (
-        "pad" if image_size <= SMALL_SIDE else "random_resized"
-    )
-    mean, std = NORMALIZATIONS[chosen.normalize]
-    return AugmentOptions(
-        image_size=image_size,
-        crop=chosen.crop or usual,
-        scale=(chosen.min_scale, 1.0),
-        hflip=chosen.hflip == "always" or (chosen.hflip == "unless_digits" and data.mirror_safe),
-        rand_augment=chosen.rand_augment,
-        color_jitter=chosen.color_jitter,
-        random_erasing=chosen.random_erasing,
-        mean=(mean[0], mean[1], mean[2]),
-        std=(std[0], std[1], std[2]),
-    )
-
-
-def mix_options(job: TrainClassifierJob, num_classes: int) -> MixOptions:
-    """How batches are mixed and labels smoothed."""
-    return MixOptions(
-        num_classes=num_classes,
-        mixup=job.augment.mixup,
-        cutmix=job.augment.cutmix,
-        label_smoothing=job.augment.label_smoothing,
-    )
-
-
 def training_batches(
-    job: TrainClassifierJob, data: ClassificationData, augment: AugmentOptions, workers: Workers
+    job: TrainClassifierJob, data: ClassificationData, image_size: int, workers: Workers
 ) -> BatchLoader:
     """This worker's slices of the training batches.
 
     Raises:
         ConfigError, DataError: a batch, or the set, is too small for so many workers.
     """
-    mixes = job.augment.mixup > 0 or job.augment.cutmix > 0
     sampler = ShardedBatchSampler(
         len(data.train),
         batch_size=job.batch_size,
@@ -127,34 +75,28 @@ def training_batches(
         world_size=workers.size,
         seed=job.seed,
         # Mixing pairs neighbours, which must not be parted.
-        group=2 if mixes else 1,
+        group=2 if job.augment.mixes else 1,
     )
     _warn_of_few_steps(len(sampler), len(data.train), job.batch_size)
-    images = cached(data.train, limit_mib=job.data.cache_mib)
     return train_loader(
-        images, train_transform(augment), sampler=sampler, options=_loader_options(job, workers)
+        cached(data.train, limit_mib=job.data.cache_mib),
+        train_transform(job.augment, image_size, mirror_safe=data.mirror_safe),
+        sampler=sampler,
+        config=job.data,
+        device_type=workers.device.type,
     )
 
 
 def evaluation_batches(
-    job: TrainClassifierJob, images: LabelledImages, augment: AugmentOptions, workers: Workers
+    job: TrainClassifierJob, images: LabelledImages, image_size: int, workers: Workers
 ) -> BatchLoader:
     """This worker's share of the images, each once."""
     return eval_loader(
         cached(images, limit_mib=job.data.cache_mib),
-        eval_transform(augment),
+        eval_transform(job.augment, image_size),
         batch_size=max(1, job.batch_size // workers.size // job.optim.accumulate),
-        rank=workers.rank,
-        world_size=workers.size,
-        options=_loader_options(job, workers),
-    )
-
-
-def _loader_options(job: TrainClassifierJob, workers: Workers) -> LoaderOptions:
-    return LoaderOptions(
-        num_workers=num_loaders(job.data.loader_workers),
-        device_type=workers.device.type,
-        max_bad_fraction=job.data.max_bad_fraction,
+        workers=workers,
+        config=job.data,
     )
 
 
@@ -182,7 +124,9 @@ class ClassifierSetup:
     """All of a run but its past."""
 
     data: ClassificationData
-    augment: AugmentOptions
+    image_size: int
+    """Side in pixels that the network sees."""
+
     task: SupervisedTask
     state: LoopState
     settings: LoopSettings
@@ -211,7 +155,6 @@ def set_up(job: TrainClassifierJob, workers: Workers) -> ClassifierSetup:
     """
     data = load_data(job, workers)
     image_size = job.model.image_size or data.native_size
-    augment = augment_options(job, data, image_size)
     weights = _starting_weights(job)
     patch_size = suitable_patch_size(job, len(data.classes), image_size)
     objective = build_objective(
@@ -228,8 +171,9 @@ def set_up(job: TrainClassifierJob, workers: Workers) -> ClassifierSetup:
         objective.classifier.compile()
     task = SupervisedTask(
         objective=objective,
-        loader=training_batches(job, data, augment, workers),
-        mixing=mix_options(job, len(data.classes)),
+        loader=training_batches(job, data, image_size, workers),
+        augment=job.augment,
+        num_classes=len(data.classes),
         drloc_weight=lambda epoch: lambda_at(job, epoch),
         workers=workers,
         seed=job.seed,
@@ -238,12 +182,12 @@ def set_up(job: TrainClassifierJob, workers: Workers) -> ClassifierSetup:
     )
     return ClassifierSetup(
         data=data,
-        augment=augment,
+        image_size=image_size,
         task=task,
         state=_loop_state(job, objective, workers),
         settings=_loop_settings(job, task.steps_per_epoch),
-        validation=evaluation_batches(job, data.validation, augment, workers),
-        test=None if data.test is None else evaluation_batches(job, data.test, augment, workers),
+        validation=evaluation_batches(job, data.validation, image_size, workers),
+        test=None if data.test is None else evaluation_batches(job, data.test, image_size, workers),
         weights=weights,
         patch_size=patch_size,
     )
@@ -338,17 +282,8 @@ def _build_drloc(
                 f"{job.model.name} at {image_size} px; give a larger --model.image-size, a smaller "
                 "--model.patch-size, --drloc.pooling none, or --drloc.weight 0"
             )
-    options = DRLocOptions(
-        mode=job.drloc.mode,
-        signed=job.drloc.signed,
-        hidden_dim=job.drloc.hidden_dim,
-        num_hidden=job.drloc.num_hidden,
-        num_pairs=job.drloc.num_pairs,
-        normalize=job.drloc.normalize,
-        reduction=job.drloc.reduction,
-    )
     try:
-        return DRLocObjective(shapes, options, pooling=pooling, seed=job.seed)
+        return DRLocObjective(shapes, job.drloc, pooling=pooling, seed=job.seed)
     except ValueError as fault:
         raise ConfigError(f"--drloc does not fit {job.model.name}: {fault}") from fault
 

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.classification.augment import MixOptions, mix
+from pipeline.classification.augment import mix
+from pipeline.config.classification import AugmentConfig
 from pipeline.data.loader import Batch, BatchLoader
 from pipeline.losses.multi_stage import DRLocObjective
 from pipeline.losses.pairs import pair_generator
@@ -81,7 +82,10 @@ class SupervisedTask:
 
     objective: SupervisedObjective
     loader: BatchLoader
-    mixing: MixOptions
+    augment: AugmentConfig
+    """How batches are mixed; images come varied from the loader."""
+
+    num_classes: int
     drloc_weight: Callable[[int], float]
     """lambda of an epoch."""
 
@@ -105,8 +109,9 @@ class SupervisedTask:
         device = self.workers.device
         images_B3HW, targets_BK = mix(
             batch.images_B3HW.to(device, non_blocking=True),
-            batch.labels_B.to(device, non_blocking=True),
-            self.mixing,
+            batch.targets_B.to(device, non_blocking=True),
+            self.augment,
+            num_classes=self.num_classes,
             # Not the rank's own: partners are neighbours, so all workers together mix as one would.
             key=(self.seed, key.step),
         )
@@ -128,7 +133,7 @@ class SupervisedTask:
 
     def _names(self, batch: Batch, start: int, end: int) -> Sequence[str]:
         """Of the images, and of the neighbours that are mixed into them from other parts."""
-        together = 2 if self.mixing.mixup or self.mixing.cutmix else 1
+        together = 2 if self.augment.mixup or self.augment.cutmix else 1
         return batch.names[start - start % together : end + end % together]
 
     def _pairs(self, batch: Batch, key: StepKey) -> tuple[Tensor, ...]:
@@ -136,7 +141,7 @@ class SupervisedTask:
             return ()
         generator = pair_generator(self.seed, 0, key.step, self.workers.device)
         drawn = self.objective.drloc.draw(batch.num_global, generator)
-        mine = slice(batch.first, batch.first + len(batch.labels_B))
+        mine = slice(batch.first, batch.first + batch.num_images)
         return tuple(pairs_BM22[mine] for pairs_BM22 in drawn)
 
     def losses(self, network: nn.Module, part: Part) -> Losses:

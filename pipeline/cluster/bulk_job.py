@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -29,7 +28,7 @@ from pipeline.labelling.run import LabelPass, LabelRun, open_run
 from pipeline.lease import Lease
 from pipeline.progress import ProgressReporter
 from pipeline.storage import Location
-from pipeline.tracking.tracker import Tracker, absolute_uri, start_tracker
+from pipeline.tracking.tracker import OFF, Tracker, absolute_uri, start_tracker
 
 # Metrics go to MLflow at this pace: a curve people can read, not a point per block.
 _METRIC_SECONDS = 10.0
@@ -88,12 +87,15 @@ def run_bulk_job(job: BulkJob, work: Work) -> int:
         label_pass = run.open_pass(number)
         if not label_pass.is_listed and not _freeze_inputs(run, label_pass, job, work):
             run.tidy()
-            return _summarise(run.manifest(), output, job)
+            manifest = run.manifest()
+            with _tracker(run, job, work, told=manifest) as tracker:
+                _log_start(tracker, manifest.job, run, work)
+                _log_results(tracker, manifest, output)
+            return _summarise(manifest, output, job)
         provenance = Provenance(run.run_id, config_hash(run.config), work.weights_sha256)
         plan = LabelPlan(label_pass, work.recipe, provenance, job.decode, job.compute)
         with _tracker(run, job, work) as tracker:
-            tracker.log_params(flatten(_as_told(job)))
-            tracker.set_tags({"job": work.name, "run_id": run.run_id, "output": str(output)})
+            _log_start(tracker, _as_told(job), run, work)
             speed = _label(plan, job, work.verb, tracker, lease)
             lease.check()
             manifest = run.commit(
@@ -103,7 +105,8 @@ def run_bulk_job(job: BulkJob, work: Work) -> int:
                 versions=versions(),
                 tracking=_tracked_as(tracker, job),
             )
-            _log_results(tracker, manifest, output, speed)
+            tracker.log_metrics({"images_per_second": speed})
+            _log_results(tracker, manifest, output)
     return _summarise(manifest, output, job)
 
 
@@ -181,22 +184,34 @@ def _at_a_pace(
             tracker.log_metrics(speed, step=progress.done)
 
 
-def _tracker(run: LabelRun, job: BulkJob, work: Work) -> Tracker:
+def _tracker(run: LabelRun, job: BulkJob, work: Work, told: Manifest | None = None) -> Tracker:
+    """A new MLflow run; of a finished table, which is ``told`` again, the one that it has."""
     name = job.run_name or f"{work.run_name}-{config_hash(run.config)[:8]}"
-    folder = Path(run.output.path) if run.output.is_local else Path.cwd()
+    known: dict[str, str] = {}
+    if told is not None and job.tracking_uri != OFF:
+        here = told.tracking.get("uri") == _told_uri(job)
+        # The run's id is a tag for tables that know none.
+        known = {"tag": told.run_id, **(told.tracking if here else {})}
     return start_tracker(
         job.tracking_uri,
         experiment=job.experiment,
         run_name=name,
-        spool=folder / "_tracking",
+        known=known,
+        again=told is not None,
     )
 
 
 def _tracked_as(tracker: Tracker, job: BulkJob) -> dict[str, str]:
-    run_id = tracker.wait_for_run_id(timeout_s=5.0)
-    if run_id is None:
+    """How the MLflow run is found by who reads the table."""
+    if tracker.tag is None:
         return {}
-    return {"uri": without_secrets(absolute_uri(job.tracking_uri)), "run_id": run_id}
+    known = {"uri": _told_uri(job), "tag": tracker.tag}
+    run_id = tracker.wait_for_run_id(timeout_s=5.0)
+    return known if run_id is None else {**known, "run_id": run_id}
+
+
+def _told_uri(job: BulkJob) -> str:
+    return without_secrets(absolute_uri(job.tracking_uri))
 
 
 def _as_told(job: BulkJob) -> dict[str, Any]:
@@ -207,9 +222,14 @@ def _as_told(job: BulkJob) -> dict[str, Any]:
     return settings
 
 
-def _log_results(tracker: Tracker, manifest: Manifest, output: Location, speed: float) -> None:
+def _log_start(tracker: Tracker, job: dict[str, Any], run: LabelRun, work: Work) -> None:
+    tracker.log_params(flatten(job))
+    tracker.set_tags({"job": work.name, "run_id": run.run_id, "output": str(run.output)})
+
+
+def _log_results(tracker: Tracker, manifest: Manifest, output: Location) -> None:
     counts = {f"count.{status}": number for status, number in manifest.counts.items()}
-    tracker.log_metrics({**counts, "rows": manifest.rows, "images_per_second": speed})
+    tracker.log_metrics({**counts, "rows": manifest.rows})
     tracker.set_tags({"weights_sha256": manifest.weights_sha256})
     tracker.log_dict(manifest.model_dump(mode="json"), "manifest.json")
     tracker.log_dict(manifest.config, "config.json")

@@ -11,7 +11,6 @@ from pipeline.config import DetectJob, TrainDetectorJob
 from pipeline.data.places import require_places, with_absolute_places
 from pipeline.detection.exported_detector import read_detector
 from pipeline.detection.onnx_export import export_detector_onnx
-from pipeline.detection.run import train_detector_here
 from pipeline.detection.setup import read_table
 from pipeline.errors import ConfigError
 from pipeline.runs.folder import RunFolder
@@ -36,7 +35,7 @@ def train_detector(job: TrainDetectorJob) -> int:
     while True:
         if job.rounds > 1:
             say(f"round {job.round} of {job.rounds}")
-        run_training(job, train_detector_here, partial(_finish, job), partial(_check, job))
+        run_training(job, partial(_finish, job), partial(_check, job))
         if job.round == job.rounds:
             return 0
         job = _next_round(job)

@@ -26,15 +26,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.classification.run import export_run, train_classifier_here
+from pipeline.classification.run import export_run
 from pipeline.cluster.session import count, ray_session
 from pipeline.config import PretrainDinoJob, TrainClassifierJob, TrainingJob
 from pipeline.data.places import require_places, with_absolute_places
 from pipeline.errors import ClusterError, ConfigError, PatchseedError, one_line
 from pipeline.models.exported_backbone import WEIGHTS, write_backbone
-from pipeline.pretraining.run import pretrain_dino_here
 from pipeline.progress import duration
 from pipeline.runs.folder import RunFolder
+from pipeline.runs.kinds import KINDS
 from pipeline.runs.life import Outside, TrainHere
 from pipeline.storage import Location
 from pipeline.training.workers import current_workers
@@ -45,7 +45,6 @@ _WAITING_SECONDS = 20.0
 
 def run_training(
     job: TrainingJob,
-    train_here: TrainHere,
     finish: Callable[[RunFolder, dict[str, Any]], None],
     check: Callable[[], object] = lambda: None,
 ) -> int:
@@ -53,7 +52,6 @@ def run_training(
 
     Args:
         job: With absolute places: workers may be in other folders, and on other machines.
-        train_here: The run on one worker; it pickles.
         finish: Told the results, once, on the driver.
         check: Raises what would stop each worker, before any is started.
 
@@ -64,7 +62,7 @@ def run_training(
         PatchseedError: of the kind that errors.py lists; finished epochs are kept.
     """
     logging.basicConfig(level=logging.INFO if job.debug else logging.WARNING, format="%(message)s")
-    folder = RunFolder.of(job)
+    folder, train_here = RunFolder.of(job), KINDS[job.kind].train_here()
     if "WORLD_SIZE" in os.environ:
         return _under_torchrun(job, folder, train_here, finish)
     with folder.held(job):
@@ -198,6 +196,8 @@ class WorkerTask:
     job: TrainingJob
     folder: RunFolder
     train_here: TrainHere
+    """The run on one worker; it pickles."""
+
     lines: Any
 
 
@@ -315,7 +315,7 @@ def train_classifier(job: TrainClassifierJob) -> int:
                 say(line)
         _tell_results(summary, folder)
 
-    return run_training(job, train_classifier_here, finish, check)
+    return run_training(job, finish, check)
 
 
 def _tell_results(summary: dict[str, Any], folder: RunFolder) -> None:
@@ -358,4 +358,4 @@ def pretrain_dino(job: PretrainDinoJob) -> int:
             "--images ... --output ..."
         )
 
-    return run_training(job, pretrain_dino_here, finish, partial(require_places, job))
+    return run_training(job, finish, partial(require_places, job))

@@ -2,8 +2,9 @@
 
 To add a knob: add a field with a string under it to its group. The string is the flag's ``--help``,
 the field's name is the flag (``localization.keep_fraction`` -> ``--localization.keep-fraction``),
-and the range in ``Field`` is checked before anything is loaded. Functions behind a room's door take
-plain arguments, so nothing below the jobs, the cluster room and the doors imports this.
+and the range in ``Field`` is checked before anything is loaded. Then use it where the component
+(a loss, a transform, a loader) holds its group: nothing lies between. Names of choices stand here
+too, and pure functions that take one import it from here. A job stops at a room's door.
 
     settings.py         what all groups share
     labelling/labeller.py        label_images, evaluate_boxes, draw_boxes, demo

@@ -13,6 +13,7 @@ from pipeline.config.settings import (
     Below1,
     Count,
     Fraction,
+    LoaderConfig,
     NonNegative,
     Normalization,
     Positive,
@@ -43,21 +44,19 @@ DataName = Literal[
     "parquet",
 ]
 Tap = Literal["pre_norm", "post_norm"]
+"""Where the last grid is taken: as it leaves the last block, or after the network's final norm."""
+
+DRLocMode = Literal["l1", "ce", "cbr"]
+Normalize = Literal["none", "side", "side_minus_one"]
+Reduction = Literal["mean", "paper"]
 Pooling = Literal["none", "mean_2x2", "overlap_3x3"]
+WeightSchedule = Literal["constant", "ramp", "ramp_decay"]
+OptimizerKind = Literal["adamw", "sgd"]
+Crop = Literal["random_resized", "pad"]
 
 
-class DataConfig(Settings):
-    """Which labelled images, and which of them are looked at when."""
-
-    name: DataName
-    """A known data set (its sizes are checked), 'folder' (ImageFolder layout) or 'parquet' (bytes
-    and label)."""
-
-    root: str
-    """Where its files lie; for several machines, on storage they all see."""
-
-    download: bool = False
-    """Fetch the files first, where torchvision can (cifar10, cifar100, svhn, flowers102)."""
+class SplitConfig(Settings):
+    """How a training set is divided."""
 
     train_per_class: PositiveInt | None = None
     """Train on so many labelled images of each class only; None takes all."""
@@ -69,12 +68,19 @@ class DataConfig(Settings):
     select_on_test: bool = False
     """Choose the best epoch on the test set, as the paper did: its numbers are then optimistic."""
 
-    loader_workers: Count | None = None
-    """Processes per worker that decode and augment; 0 does it in the training process. None is 4,
-    or as many as there are cores."""
 
-    max_bad_fraction: Probability = 0.05
-    """Unreadable images are replaced by others of their class, and told; more than these end it."""
+class DataConfig(SplitConfig, LoaderConfig):
+    """Which labelled images, and which of them are looked at when."""
+
+    name: DataName
+    """A known data set (its sizes are checked), 'folder' (ImageFolder layout) or 'parquet' (bytes
+    and label)."""
+
+    root: str
+    """Where its files lie; for several machines, on storage they all see."""
+
+    download: bool = False
+    """Fetch the files first, where torchvision can (cifar10, cifar100, svhn, flowers102)."""
 
     cache_mib: Count = 1024
     """Decoded images of one size are kept in memory if they take no more than this."""
@@ -144,7 +150,7 @@ class DRLocConfig(Settings):
     """lambda; 0 is the paired baseline: same seeds, same data order, same augmentation. The paper:
     0.5 for Swin, 0.1 for CvT and T2T, with --drloc.reduction mean and --drloc.normalize none."""
 
-    schedule: Literal["constant", "ramp", "ramp_decay"] = "ramp_decay"
+    schedule: WeightSchedule = "ramp_decay"
     """lambda over the epochs: constant (the paper's text), or rising over ramp_epochs and then kept
     or falling to 0 at the schedule's end (the released code)."""
 
@@ -154,16 +160,16 @@ class DRLocConfig(Settings):
     num_pairs: PositiveInt = 64
     """m: pairs of tokens drawn for each image."""
 
-    mode: Literal["l1", "ce", "cbr"] = "l1"
+    mode: DRLocMode = "l1"
     """Regress the offset, classify it, or classify with a variance (L_drloc, L^ce, L^reg)."""
 
     signed: bool = False
     """Guess signed offsets instead of distances."""
 
-    normalize: Literal["none", "side", "side_minus_one"] = "none"
+    normalize: Normalize = "none"
     """Unit of the targets: cells (released code), grid sides (Eq. 1), or sides less one."""
 
-    reduction: Literal["mean", "paper"] = "mean"
+    reduction: Reduction = "mean"
     """Mean over images, pairs and axes (released code), or Eq. 2: the axes summed. At the same
     lambda and normalize=side, 'paper' is 2/side of 'mean' with none."""
 
@@ -184,8 +190,8 @@ class DRLocConfig(Settings):
 class OptimConfig(Settings):
     """How the weights move."""
 
-    kind: Literal["adamw", "sgd"] = "adamw"
-    """AdamW, or SGD with Nesterov momentum."""
+    kind: OptimizerKind = "adamw"
+    """AdamW, or SGD with plain (not Nesterov's) momentum."""
 
     lr: Positive = 5e-4
     """Peak learning rate for lr_batch images."""
@@ -233,7 +239,7 @@ class OptimConfig(Settings):
 class AugmentConfig(Settings):
     """What is done to an image on its way to the network."""
 
-    crop: Literal["random_resized", "pad"] | None = None
+    crop: Crop | None = None
     """Random resized crops, or shifts by an eighth; None is shifts for 64 px and below."""
 
     min_scale: Fraction = 0.08
@@ -263,9 +269,16 @@ class AugmentConfig(Settings):
     normalize: Normalization = "imagenet"
     """Input normalisation: ImageNet's mean and deviation, or 0.5 and 0.5."""
 
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed at all, which takes neighbours in pairs."""
+        return self.mixup > 0 or self.cutmix > 0
+
 
 class TrainClassifierJob(TrainingJob):
     """Train an image classifier, with DRLoc beside the cross-entropy."""
+
+    kind: ClassVar = "classifier"
 
     places: ClassVar = {"data.root": "file or folder", "model.checkpoint": "file or folder"}
 
@@ -293,7 +306,7 @@ class TrainClassifierJob(TrainingJob):
 
     @model_validator(mode="after")
     def _settings_agree(self) -> "TrainClassifierJob":
-        mixes = self.augment.mixup > 0 or self.augment.cutmix > 0
+        mixes = self.augment.mixes
         if mixes and self.batch_size % 2:
             raise ValueError(
                 f"--batch-size must be even with mixup or cutmix, got {self.batch_size}"

@@ -4,10 +4,12 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.labelling import BulkJob, ComputeConfig, ImagesConfig
+from pipeline.config.labelling import BulkJob, ComputeConfig, Difficult, ImagesConfig
 from pipeline.config.settings import (
     Below1,
     Count,
+    Fraction,
+    LoaderConfig,
     NonNegative,
     Positive,
     PositiveInt,
@@ -17,14 +19,16 @@ from pipeline.config.settings import (
     flatten,
 )
 
-Share = Annotated[float, Field(gt=0, le=1)]
+DetectorKind = Literal["c4", "fpn", "nano"]
+Norm = Literal["batch", "pooled", "frozen"]
+
 Side = Annotated[int, Field(ge=16, le=16_384)]
 
 
 class DetectorConfig(Settings):
     """Which detector, and where its weights start; None is the kind's own value."""
 
-    kind: Literal["c4", "fpn", "nano"] = "c4"
+    kind: DetectorKind = "c4"
     """c4 as LOST trains it; fpn is faster and sees smaller objects; nano is for trying things."""
 
     backbone: str | None = None
@@ -35,7 +39,7 @@ class DetectorConfig(Settings):
     """dino, imagenet (both ResNet-50, from the hub), timm (the published weights of timm/NAME),
     none, a file of the backbone's weights, or the folder of a detector to go on from."""
 
-    norm: Literal["batch", "pooled", "frozen"] = "pooled"
+    norm: Norm = "pooled"
     """Batch norm of each worker, over all workers' images (SyncBN), or fixed; other norms of
     timm/NAME stay as they are."""
 
@@ -88,7 +92,7 @@ class BoxDataConfig(Settings):
     min_score: Probability | None = None
     """Leave out pseudo-boxes of a lower score."""
 
-    short_sides: tuple[Side, ...] = tuple(range(480, 801, 32))
+    short_sides: Annotated[tuple[Side, ...], Field(min_length=1)] = tuple(range(480, 801, 32))
     """Shorter side of an image, drawn anew each time."""
 
     max_side: Side = 1333
@@ -120,7 +124,7 @@ class DetectorOptimConfig(Settings):
     warmup_steps: Count = 100
     """Steps from a thousandth of the rate to all of it."""
 
-    milestones: tuple[Share, ...] = (0.75, 11 / 12)
+    milestones: tuple[Fraction, ...] = (0.75, 11 / 12)
     """Shares of the run after which the rate falls to a tenth."""
 
     momentum: Below1 = 0.9
@@ -145,7 +149,7 @@ class DetectionProbeConfig(Settings):
     ground_truth: str | None = None
     """Their boxes: a COCO file or a folder of VOC XML."""
 
-    difficult: Literal["drop", "ignore", "keep"] = "drop"
+    difficult: Difficult = "drop"
     """What VOC's difficult objects are in AP: not there (as in the papers), neither right nor
     wrong, or objects."""
 
@@ -168,12 +172,14 @@ class SelfTrainingConfig(Settings):
     min_score: Probability = 0.5
     """Detections of at least this score are boxes of the next round."""
 
-    iou: Share = 0.5
+    iou: Fraction = 0.5
     """First labels that overlap such a detection by at least this IoU give way to it."""
 
 
 class TrainDetectorJob(TrainingJob):
     """Train a class-agnostic Faster R-CNN on the boxes of a pseudo-label table."""
+
+    kind: ClassVar = "detector"
 
     places: ClassVar = {
         "labels": "file or folder",
@@ -231,6 +237,13 @@ class TrainDetectorJob(TrainingJob):
             raise ValueError(f"--round must be at most --rounds {self.rounds}, got {self.round}")
         self.require_work_for_all(self.batch_size, self.optim.accumulate)
         return self
+
+    @property
+    def loader(self) -> LoaderConfig:
+        """How batches come, of which one half stands here and the other in ``data``."""
+        return LoaderConfig(
+            loader_workers=self.loader_workers, max_bad_fraction=self.data.max_bad_fraction
+        )
 
     @property
     def lr(self) -> float:

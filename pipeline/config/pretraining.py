@@ -2,11 +2,13 @@
 
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from pipeline.config.settings import (
     Below1,
     Count,
+    Fraction,
+    LoaderConfig,
     NonNegative,
     Positive,
     PositiveInt,
@@ -17,6 +19,16 @@ from pipeline.config.settings import (
 )
 
 Temperature = Annotated[float, Field(gt=0, le=1)]
+
+
+def _ascending(pair: tuple[float, float]) -> tuple[float, float]:
+    if pair[0] > pair[1]:
+        raise ValueError(f"must be an ascending pair in (0, 1], got {pair}")
+    return pair
+
+
+Shares = Annotated[tuple[Fraction, Fraction], AfterValidator(_ascending)]
+"""The least and the largest share of something."""
 
 
 class ViTConfig(Settings):
@@ -67,7 +79,11 @@ class DINOConfig(Settings):
 
 
 class CropsConfig(Settings):
-    """The views of an image: two global ones, and local ones."""
+    """The views of an image: two global ones, and local ones.
+
+    What is a ``ClassVar`` is DINO's own and nobody's to set; a knob is made of it by leaving that
+    word away.
+    """
 
     num_local: Count = 8
     """Local views; the teacher sees the global ones alone."""
@@ -78,10 +94,10 @@ class CropsConfig(Settings):
     local_size: Annotated[int, Field(ge=8, le=1024)] = 96
     """Side of a local view in pixels."""
 
-    global_scale: tuple[Positive, Positive] = (0.4, 1.0)
+    global_scale: Shares = (0.4, 1.0)
     """Share of the image that a global view shows, from and to."""
 
-    local_scale: tuple[Positive, Positive] = (0.05, 0.4)
+    local_scale: Shares = (0.05, 0.4)
     """Share of the image that a local view shows, from and to."""
 
     source_size: PositiveInt | None = None
@@ -93,6 +109,32 @@ class CropsConfig(Settings):
 
     gray_prob: Probability = 0.2
     """Probability of a view without colours."""
+
+    ratio: ClassVar[tuple[float, float]] = (3 / 4, 4 / 3)
+    """Width divided by height of what a view shows, least and largest."""
+
+    hflip: ClassVar[float] = 0.5
+    """Probability of a mirrored view."""
+
+    brightness: ClassVar[float] = 0.4
+    """Factors lie in [1 - brightness, 1 + brightness]; contrast and saturation likewise."""
+
+    contrast: ClassVar[float] = 0.4
+    saturation: ClassVar[float] = 0.2
+
+    hue: ClassVar[float] = 0.1
+    """Hues turn by up to this share of the colour circle either way."""
+
+    blur_prob: ClassVar[tuple[float, float, float]] = (1.0, 0.1, 0.5)
+    """Of the first global view, the second, and each local one; ``solarize_prob`` likewise."""
+
+    blur_sigma: ClassVar[tuple[float, float]] = (0.1, 2.0)
+    """Standard deviation of the blur in pixels of the view, least and largest."""
+
+    solarize_prob: ClassVar[tuple[float, float, float]] = (0.0, 0.2, 0.0)
+
+    mean: ClassVar[tuple[float, float, float]] = (0.485, 0.456, 0.406)
+    std: ClassVar[tuple[float, float, float]] = (0.229, 0.224, 0.225)
 
     @property
     def source_side(self) -> int:
@@ -153,8 +195,10 @@ class ProbeConfig(Settings):
         return self
 
 
-class PretrainDinoJob(TrainingJob):
+class PretrainDinoJob(LoaderConfig, TrainingJob):
     """Train a vision transformer on images without labels, by self-distillation (DINO)."""
+
+    kind: ClassVar = "dino"
 
     places: ClassVar = {
         "images": "images",
@@ -172,13 +216,6 @@ class PretrainDinoJob(TrainingJob):
 
     epochs: PositiveInt = 100
     """Passes over the images."""
-
-    loader_workers: Count | None = None
-    """Processes per worker that decode; 0 does it in the training process. None is 4, or as many as
-    there are cores."""
-
-    max_bad_fraction: Probability = 0.05
-    """Unreadable images are replaced by others, and told; more than these end the run."""
 
     cache_mib: Count = 4096
     """Images are decoded once and kept in memory if they take no more than this."""

@@ -6,6 +6,8 @@ from pydantic import Field
 
 from pipeline.config.settings import Count, PositiveInt, Settings, TrackedSettings
 
+TableScale = Literal["paper", "small"]
+TableRecipe = Literal["sane", "reference", "paper"]
 TableName = Literal[
     "drloc-2a",
     "drloc-2b",
@@ -68,10 +70,10 @@ class ReproduceJob(TrackedSettings):
     """Only these rows, by name or pattern ('m64', 'voc07-*'), and what they are compared with; none
     is all. --dry-run names them."""
 
-    scale: Literal["paper", "small"] = "paper"
+    scale: TableScale = "paper"
     """The paper's networks and data, or narrow networks on small data, for a laptop's cores."""
 
-    recipe: Literal["sane", "reference", "paper"] = "reference"
+    recipe: TableRecipe = "reference"
     """How DRLoc's rows are trained at --scale paper: as the released code, as the text, or by our
     default."""
 

@@ -15,7 +15,7 @@ archive; weights, a file or the name they were published under."""
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
 class Settings(BaseModel):
@@ -62,10 +62,26 @@ Below1 = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=0)]
 
 
+class LoaderConfig(Settings):
+    """How the batches of training come; nothing here changes a number."""
+
+    loader_workers: Count | None = None
+    """Processes per worker that decode and augment; 0 does it in the training process. None is 4,
+    or as many as there are cores."""
+
+    max_bad_fraction: Probability = 0.05
+    """Unreadable images are replaced by others (of their class), and told; more than these end the
+    run."""
+
+
 class TrainingJob(TrackedSettings):
     """A run of the loop, in this process, under torchrun or in Ray Train's workers."""
 
     goes_on_with: ClassVar = "the same command"
+
+    kind: ClassVar[str]
+    """What such runs are called in summaries, in MLflow and in spaces of settings
+    (runs/kinds.py)."""
 
     output: str = "runs"
     """Folder (or URI) of all runs; each has its own below it, named by what it is. For several

@@ -41,12 +41,13 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 import numpy as np
 import scipy.io
 from torchvision import datasets
 
+from pipeline.config.classification import DataName, SplitConfig
 from pipeline.data.labelled_folders import is_archive, read_archive, read_folder
 from pipeline.data.labelled_images import (
     ArrayImages,
@@ -57,7 +58,7 @@ from pipeline.data.labelled_images import (
     printable,
 )
 from pipeline.data.labelled_parquet import read_parquet
-from pipeline.data.splits import SplitRule, carve
+from pipeline.data.splits import carve
 from pipeline.errors import ConfigError, DataError, one_line
 from pipeline.storage import split_uri
 
@@ -125,13 +126,13 @@ def read_flowers(root: str, *, download: bool = False, source: Any = datasets.Fl
     _open(lambda: source(root, download=download), root)
     folder = os.path.join(root, "flowers-102")
     lists = scipy.io.loadmat(os.path.join(folder, "setid.mat"), squeeze_me=True)
-    label_of = scipy.io.loadmat(os.path.join(folder, "imagelabels.mat"), squeeze_me=True)["labels"]
+    target_of = scipy.io.loadmat(os.path.join(folder, "imagelabels.mat"), squeeze_me=True)["labels"]
 
     def images(*names: str) -> FileImages:
         # Numbers and labels count from 1.
         numbers = np.concatenate([lists[name] for name in names])
         paths = [f"jpg/image_{number:05d}.jpg" for number in numbers]
-        return FileImages(folder, paths, label_of[numbers - 1].astype(np.int64) - 1)
+        return FileImages(folder, paths, target_of[numbers - 1].astype(np.int64) - 1)
 
     return Parts(tuple(source.classes), images("trnid", "valid"), test=images("tstid"))
 
@@ -148,7 +149,6 @@ def _open(make: Callable[[], Any], root: str) -> Any:
         ) from fault
 
 
-DOMAINS: Final = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")
 PUBLISHED: Final = "csr.bu.edu/ftp/visda/2019/multi-source"
 
 _Entries = list[tuple[str, int]]
@@ -233,8 +233,8 @@ def _check_present(root: str, domain: str, entries: _Entries) -> None:
 
 
 def _images(root: str, entries: _Entries) -> FileImages:
-    labels = np.array([label for _, label in entries], np.int64)
-    return FileImages(root, (path for path, _ in entries), labels)
+    targets = np.array([target for _, target in entries], np.int64)
+    return FileImages(root, (path for path, _ in entries), targets)
 
 
 SIZES: Final = {
@@ -254,7 +254,7 @@ SIZES: Final = {
 """Training images, test images and classes: Table 1. (For ImageNet it says 100,000 test images; the
 published code evaluates on the 50,000 of the validation split, and so do we.)"""
 
-NAMES: Final = (*SIZES, "folder", "parquet")
+NAMES: Final[tuple[str, ...]] = get_args(DataName)
 DOWNLOADABLE: Final = ("cifar10", "cifar100", "svhn", "flowers102")
 
 _SMALL: Final = ("cifar10", "cifar100", "svhn")
@@ -274,7 +274,7 @@ class Fingerprint:
     """Of the class names in their order."""
 
     images_sha256: str
-    """Of the names and labels of all images, split by split; not of their pixels."""
+    """Of the names and targets of all images, split by split; not of their pixels."""
 
 
 @dataclass(frozen=True)
@@ -288,7 +288,7 @@ class ClassificationData:
 
     test: LabelledImages | None
     classes: tuple[str, ...]
-    """Names by label."""
+    """Names by target."""
 
     native_size: int
     """The side, in pixels, that suits the images: 32 or 224 for a set of the paper, else the median
@@ -316,9 +316,9 @@ class ClassificationData:
 
 
 def load_classification(
-    name: str, root: str, *, download: bool = False, rule: SplitRule | None = None
+    name: str, root: str, *, split: SplitConfig, seed: int = 0, download: bool = False
 ) -> ClassificationData:
-    """The data set ``name`` in ``root``, divided by ``rule`` (by default a tenth for validation).
+    """The data set ``name`` in ``root``, divided as ``split`` says, by chance of ``seed``.
 
     No image is decoded, but for a few of a ``folder`` or ``parquet`` to learn their size.
 
@@ -328,13 +328,12 @@ def load_classification(
         DataError: the data is absent, damaged, laid out otherwise, not of the paper's size, has one
             class only, or too few images of a class.
     """
-    rule = rule or SplitRule()
     _check_name(name, download=download)
     parts = _read(name, root, download=download)
     if parts.test is None:
         parts = replace(parts, validation=None, test=parts.validation)
     _check_parts(name, root, parts)
-    return _divide(name, root, parts, rule)
+    return _divide(name, root, parts, split, seed)
 
 
 def check_sizes(name: str, root: str, parts: Parts) -> None:
@@ -407,9 +406,11 @@ def _check_parts(name: str, root: str, parts: Parts) -> None:
         raise DataError(f"{root} must have training images, got none")
 
 
-def _divide(name: str, root: str, parts: Parts, rule: SplitRule) -> ClassificationData:
+def _divide(
+    name: str, root: str, parts: Parts, split: SplitConfig, seed: int
+) -> ClassificationData:
     validation, test = parts.validation, parts.test
-    if rule.select_on_test:
+    if split.select_on_test:
         if test is None:
             raise DataError(
                 f"select_on_test must be false for {root}, which has no test split, got true: add "
@@ -417,7 +418,7 @@ def _divide(name: str, root: str, parts: Parts, rule: SplitRule) -> Classificati
             )
         validation = test
     taken, held = carve(
-        parts.train.labels, parts.classes, rule, has_validation=validation is not None
+        parts.train.targets, parts.classes, split, seed=seed, has_validation=validation is not None
     )
     train = Selection(parts.train, taken)
     notes = parts.notes
@@ -433,7 +434,7 @@ def _divide(name: str, root: str, parts: Parts, rule: SplitRule) -> Classificati
         classes=parts.classes,
         native_size=_native_size(name, parts.train),
         mirror_safe=name != "svhn" and not looks_like_digits,
-        selected_on="test" if rule.select_on_test else "validation",
+        selected_on="test" if split.select_on_test else "validation",
         fingerprint=_fingerprint(parts.classes, (train, validation, test)),
         notes=notes,
     )
@@ -443,7 +444,7 @@ def _not_validated(
     classes: Sequence[str], train: LabelledImages, validation: LabelledImages
 ) -> tuple[str, ...]:
     """A note on the classes that can be learnt and not judged."""
-    lone = sorted(set(train.labels.tolist()) - set(validation.labels.tolist()))
+    lone = sorted(set(train.targets.tolist()) - set(validation.targets.tolist()))
     if not lone:
         return ()
     count = f"{len(lone)} of {len(classes)} classes"
@@ -471,10 +472,10 @@ def _fingerprint(
 ) -> Fingerprint:
     digest = hashlib.sha256()
     for images in splits:
-        labels = [] if images is None else images.labels.tolist()
-        digest.update(f"{len(labels)}\n".encode())
-        for index, label in enumerate(labels):
-            digest.update(f"{label}\t{images.name(index) if images else ''}\n".encode())
+        targets = [] if images is None else images.targets.tolist()
+        digest.update(f"{len(targets)}\n".encode())
+        for index, target in enumerate(targets):
+            digest.update(f"{target}\t{images.name(index) if images else ''}\n".encode())
     classes_sha256 = hashlib.sha256("\n".join(classes).encode()).hexdigest()
     train, validation, test = (0 if images is None else len(images) for images in splits)
     return Fingerprint(train, validation, test, classes_sha256, digest.hexdigest())

@@ -65,8 +65,8 @@ def read_folder(
     classes = check_listing(listing, printable(root))
     images: dict[Role, FileImages] = {}
     for role, by_class in listing.items():
-        paths, labels = flatten(by_class, classes)
-        images[role] = FileImages(root, paths, labels)
+        paths, targets = flatten(by_class, classes)
+        images[role] = FileImages(root, paths, targets)
     return Parts(
         tuple(printable(name) for name in classes),
         images["train"],
@@ -131,11 +131,11 @@ def check_listing(listing: FolderListing, where: str) -> tuple[str, ...]:
 def flatten(
     by_class: Mapping[str, Sequence[str]], classes: Sequence[str]
 ) -> tuple[list[str], NDArray[np.int64]]:
-    """All paths, class after class, and ``(N,)`` labels."""
-    present = [(label, name) for label, name in enumerate(classes) if name in by_class]
+    """All paths, class after class, and their ``(N,)`` targets."""
+    present = [(target, name) for target, name in enumerate(classes) if name in by_class]
     paths = [path for _, name in present for path in by_class[name]]
-    labels = np.array([label for label, _ in present], np.int64)
-    return paths, np.repeat(labels, [len(by_class[name]) for _, name in present])
+    targets = np.array([target for target, _ in present], np.int64)
+    return paths, np.repeat(targets, [len(by_class[name]) for _, name in present])
 
 
 def image_extensions() -> frozenset[str]:
@@ -252,8 +252,8 @@ def read_archive(path: str, *, max_bytes: int = MAX_BYTES) -> Parts:
     classes = check_listing(listing, path)
     images: dict[Role, EncodedImages] = {}
     for role, by_class in listing.items():
-        names, labels = flatten(by_class, classes)
-        images[role] = EncodedImages(path, names, (files[name] for name in names), labels)
+        names, targets = flatten(by_class, classes)
+        images[role] = EncodedImages(path, names, (files[name] for name in names), targets)
     notes = (*describe_skipped(skipped), f"read into memory from {path.rsplit('/', 1)[-1]}")
     return Parts(classes, images["train"], images.get("validation"), images.get("test"), notes)
 

@@ -46,7 +46,7 @@ class LabelledImages(Protocol):
     """Images and their classes; cheap to pickle and to share between loader processes."""
 
     @property
-    def labels(self) -> NDArray[np.int64]:
+    def targets(self) -> NDArray[np.int64]:
         """``(N,)``, indices into the data set's ``classes``."""
 
     def __len__(self) -> int: ...
@@ -96,13 +96,13 @@ class PackedBytes:
 class FileImages:
     """Images that are files below a folder; their names are ``paths`` relative to it."""
 
-    def __init__(self, root: str, paths: Iterable[str], labels: NDArray[np.int64]) -> None:
-        self.labels = labels
+    def __init__(self, root: str, paths: Iterable[str], targets: NDArray[np.int64]) -> None:
+        self.targets = targets
         self._root = root
         self._paths = PackedBytes(os.fsencode(path) for path in paths)
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.targets)
 
     def image(self, index: int) -> Image.Image:
         path = os.path.join(self._root, os.fsdecode(self._paths[index]))
@@ -120,15 +120,15 @@ class EncodedImages:
     """Image files held in memory; ``names`` are those of an archive called ``source``."""
 
     def __init__(
-        self, source: str, names: Iterable[str], files: Iterable[bytes], labels: NDArray[np.int64]
+        self, source: str, names: Iterable[str], files: Iterable[bytes], targets: NDArray[np.int64]
     ) -> None:
-        self.labels = labels
+        self.targets = targets
         self._source = source
         self._names = PackedBytes(os.fsencode(name) for name in names)
         self._files = PackedBytes(files)
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.targets)
 
     def image(self, index: int) -> Image.Image:
         return decode_rgb(self._files[index], f"{self.name(index)} in {self._source}")
@@ -141,14 +141,14 @@ class ArrayImages:
     """Decoded images of one size, ``(N, H, W, 3)`` uint8; they are called ``prefix/00017``."""
 
     def __init__(
-        self, pixels_NHW3: NDArray[np.uint8], labels: NDArray[np.int64], prefix: str
+        self, pixels_NHW3: NDArray[np.uint8], targets: NDArray[np.int64], prefix: str
     ) -> None:
-        self.labels = labels
+        self.targets = targets
         self._pixels_NHW3 = np.ascontiguousarray(pixels_NHW3)
         self._prefix = prefix
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.targets)
 
     def image(self, index: int) -> Image.Image:
         return Image.fromarray(self._pixels_NHW3[index])
@@ -161,7 +161,7 @@ class Selection:
     """Some images of ``images``, in the order of ``chosen``; they keep their names."""
 
     def __init__(self, images: LabelledImages, chosen: NDArray[np.int64]) -> None:
-        self.labels = images.labels[chosen]
+        self.targets = images.targets[chosen]
         self._images = images
         self._chosen = chosen
 
@@ -220,14 +220,14 @@ class _Decoded:
     def __init__(
         self, images: LabelledImages, pixels_NHW3: NDArray[np.uint8], faults: dict[int, str]
     ) -> None:
-        self.labels = images.labels
+        self.targets = images.targets
         # The names without the images: those may hold all files in memory.
         self._names = PackedBytes(images.name(index).encode() for index in range(len(images)))
         self._pixels_NHW3 = pixels_NHW3
         self._faults = faults
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.targets)
 
     def image(self, index: int) -> Image.Image:
         if index in self._faults:

@@ -44,9 +44,9 @@ class ParquetImages:
     """Images in the rows of Parquet files, called ``file#row``; pickled without what it keeps."""
 
     def __init__(
-        self, root: Location, paths: Sequence[str], column: str, labels: NDArray[np.int64]
+        self, root: Location, paths: Sequence[str], column: str, targets: NDArray[np.int64]
     ) -> None:
-        self.labels = labels
+        self.targets = targets
         self._places = [_place(root, path) for path in paths]
         self._names = [path or root.name for path in paths]
         self._column = column
@@ -68,7 +68,7 @@ class ParquetImages:
         return self.__dict__ | {"_kept": OrderedDict()}
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.targets)
 
     def image(self, index: int) -> Image.Image:
         group = int(np.searchsorted(self._end_G, index, side="right"))
@@ -122,7 +122,7 @@ def read_parquet(uri: str) -> Parts:
     classes, known = _classes(schema, values["train"], root)
     images = {
         role: ParquetImages(
-            root, paths, image_column, _indices(values[role], known, f"{root} ({role})")
+            root, paths, image_column, _targets(values[role], known, f"{root} ({role})")
         )
         for role, paths in by_role.items()
     }
@@ -258,7 +258,7 @@ def _published_names(schema: pa.Schema, column: str) -> tuple[str, ...] | None:
     return tuple(str(name) for name in names)
 
 
-def _indices(values: NDArray[Any], known: NDArray[Any], where: str) -> NDArray[np.int64]:
+def _targets(values: NDArray[Any], known: NDArray[Any], where: str) -> NDArray[np.int64]:
     """``(N,)`` positions of ``values`` in ``known``."""
     found = np.searchsorted(known, values).clip(max=max(len(known) - 1, 0))
     is_strange = known[found] != values
@@ -268,5 +268,5 @@ def _indices(values: NDArray[Any], known: NDArray[Any], where: str) -> NDArray[n
             f"{where}: labels must be among the {len(known)} classes of the training rows, got "
             f"'{strange[0]}' and {len(np.unique(strange)) - 1} others"
         )
-    labels: NDArray[np.int64] = found.astype(np.int64)
-    return labels
+    targets: NDArray[np.int64] = found.astype(np.int64)
+    return targets

@@ -20,7 +20,6 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from multiprocessing.context import BaseContext
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -28,24 +27,36 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, default_collate
 
+from pipeline.config.settings import LoaderConfig
 from pipeline.data.labelled_images import LabelledImages
 from pipeline.data.seeding import seeded
-from pipeline.data.sharding import Key, ShardedBatchSampler
+from pipeline.data.sharding import Key, ShardedBatchSampler, ShareSampler
 from pipeline.errors import DataError
+from pipeline.training.workers import Workers
+
+T = TypeVar("T")
 
 _WORTH_SHARING = 2**16
+# Batches that each loader process has ready.
+_READY = 4
 
 
-class Packed(NamedTuple):
-    """Images for another process: torch moves a tensor it pickles into shared memory, once."""
+class Packed(NamedTuple, Generic[T]):
+    """A ``T`` for another process: torch moves a tensor it pickles into shared memory, once."""
 
     pickled: bytes
     buffers: list[Tensor]
 
+    def unpack(self) -> T:
+        """The same, whose big arrays are views of the shared memory."""
+        buffers = [buffer.numpy() for buffer in self.buffers]
+        found: T = pickle.loads(self.pickled, buffers=buffers)
+        return found
 
-def pack(images: LabelledImages) -> Packed:
+
+def pack(images: T) -> Packed[T]:
     """The images with their big arrays beside them, where shared memory has room for those.
 
     Docker gives a container 64 MiB of it unless told otherwise, and a process that writes beyond
@@ -65,14 +76,6 @@ def pack(images: LabelledImages) -> Packed:
         return False
 
     return Packed(pickle.dumps(images, protocol=5, buffer_callback=kept_inside), buffers)
-
-
-def unpack(packed: Packed) -> LabelledImages:
-    """The images, whose big arrays are views of the shared memory."""
-    images: LabelledImages = pickle.loads(
-        packed.pickled, buffers=[buffer.numpy() for buffer in packed.buffers]
-    )
-    return images
 
 
 def _free_shared_memory() -> int:
@@ -110,8 +113,8 @@ def read_or_replace(images: LabelledImages, index: int) -> Reading:
     first = _read(images, index)
     if not isinstance(first, Fault):
         return Reading(first, images.name(index))
-    label = int(images.labels[index])
-    members = np.flatnonzero(images.labels == label)
+    target = int(images.targets[index])
+    members = np.flatnonzero(images.targets == target)
     faults = [first]
     for other in np.roll(members, -1 - int(np.searchsorted(members, index)))[:-1]:
         found = _read(images, int(other))
@@ -125,7 +128,7 @@ def read_or_replace(images: LabelledImages, index: int) -> Reading:
             f"at least one image must be readable, none of {len(members)} is {complaint}"
         )
     raise DataError(
-        f"at least one image of class {label} must be readable, none of its {len(members)} is "
+        f"at least one image of class {target} must be readable, none of its {len(members)} is "
         f"{complaint} or remove the class"
     )
 
@@ -155,8 +158,8 @@ class Batch(NamedTuple):
     images_B3HW: Tensor
     """float32, normalised."""
 
-    labels_B: Tensor
-    """int64."""
+    targets_B: Tensor
+    """int64: the images' classes."""
 
     num_global: int
     """Images of all ranks in this step: a loss weighted by B / num_global and summed over ranks and
@@ -167,7 +170,7 @@ class Batch(NamedTuple):
 
     @property
     def num_images(self) -> int:
-        return len(self.labels_B)
+        return len(self.targets_B)
 
     first: int = 0
     """Where in the global batch this slice begins; 0 in evaluation."""
@@ -179,15 +182,15 @@ class Batch(NamedTuple):
 def micro_batches(batch: Batch, num: int) -> Iterator[Batch]:
     """The batch in ``num`` parts, as even as possible; fewer where it has fewer images.
 
-    Labels may also be soft, ``(B, K)``: mix first and split then, and accumulating over parts
+    Targets may also be soft, ``(B, K)``: mix first and split then, and accumulating over parts
     changes nothing. ``num_replaced`` stands in the first part, so that the sum is right.
     """
-    num = min(num, len(batch.labels_B))
-    parts = zip(batch.images_B3HW.tensor_split(num), batch.labels_B.tensor_split(num), strict=True)
+    num = min(num, len(batch.targets_B))
+    parts = zip(batch.images_B3HW.tensor_split(num), batch.targets_B.tensor_split(num), strict=True)
     first, num_replaced = batch.first, batch.num_replaced
-    for images_B3HW, labels_B in parts:
-        yield Batch(images_B3HW, labels_B, batch.num_global, num_replaced, first)
-        first, num_replaced = first + len(labels_B), 0
+    for images_B3HW, targets_B in parts:
+        yield Batch(images_B3HW, targets_B, batch.num_global, num_replaced, first)
+        first, num_replaced = first + len(targets_B), 0
 
 
 class Loaded(NamedTuple):
@@ -197,27 +200,20 @@ class Loaded(NamedTuple):
     faults: Sequence[Fault]
 
 
-class Samples(Dataset[Loaded | DataError]):
-    """Whole batches by their keys: torch's loader asks for all of a batch at once where it can."""
+class SharedSamples(Generic[T]):
+    """Whole batches of ``T`` by their keys: torch's loader asks for all of a batch at once.
 
-    def __init__(
-        self,
-        images: LabelledImages,
-        transform: Transform,
-        *,
-        read: Read,
-        sampler: ShardedBatchSampler | None = None,
-    ) -> None:
+    A subclass has ``__getitems__``, which gives a batch with its faults, or a DataError.
+    """
+
+    def __init__(self, images: T, sampler: ShareSampler[Any] | None, instead: str) -> None:
+        """``instead`` is what becomes of an unreadable image, for people."""
         self._images = images
-        self._packed: Packed | None = None
-        self._transform = transform
-        self._read = read
+        self._packed: Packed[T] | None = None
         self._seed = sampler.seed if sampler else 0
         self._num_global = sampler.num_global if sampler else None
         self._first = sampler.first if sampler else 0
-        self.instead = (
-            "the next image of its class takes its place" if sampler else "it is left out"
-        )
+        self.instead = instead
 
     def share(self) -> None:
         """From now on a pickle of this carries the images in shared memory."""
@@ -228,11 +224,28 @@ class Samples(Dataset[Loaded | DataError]):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._images = unpack(state["_packed"])
+        self._images = state["_packed"].unpack()
+
+
+class Samples(SharedSamples[LabelledImages]):
+    """Of images with one class each."""
+
+    def __init__(
+        self,
+        images: LabelledImages,
+        transform: Transform,
+        *,
+        read: Read,
+        sampler: ShardedBatchSampler | None = None,
+    ) -> None:
+        instead = "the next image of its class takes its place" if sampler else "it is left out"
+        super().__init__(images, sampler, instead)
+        self._transform = transform
+        self._read = read
 
     def __getitems__(self, keys: list[Key]) -> Loaded | DataError:
         pixels: list[Tensor] = []
-        labels: list[int] = []
+        targets: list[int] = []
         names: list[str] = []
         faults: list[Fault] = []
         num_replaced = 0
@@ -246,13 +259,13 @@ class Samples(Dataset[Loaded | DataError]):
             if image is not None:
                 with seeded("augment", self._seed, epoch, index):
                     pixels.append(self._transform(image))
-                labels.append(int(self._images.labels[index]))
+                targets.append(int(self._images.targets[index]))
                 names.append(name)
         # In a loader process torch stacks straight into shared memory.
         images_B3HW = default_collate(pixels) if pixels else torch.empty(0, 3, 0, 0)
-        num_global = self._num_global or len(labels)
-        labels_B = torch.tensor(labels, dtype=torch.int64)
-        batch = Batch(images_B3HW, labels_B, num_global, num_replaced, self._first, names)
+        num_global = self._num_global or len(targets)
+        targets_B = torch.tensor(targets, dtype=torch.int64)
+        batch = Batch(images_B3HW, targets_B, num_global, num_replaced, self._first, names)
         return Loaded(batch, faults)
 
 
@@ -260,37 +273,13 @@ __all__ = [
     "Batch",
     "BatchLoader",
     "EpochLoader",
-    "LoaderOptions",
     "ShardedBatchSampler",
     "eval_loader",
     "micro_batches",
-    "num_loaders",
     "train_loader",
 ]
 
 _LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoaderOptions:
-    """How batches are made; nothing here changes a number."""
-
-    num_workers: int = 0
-    """Loader processes of this rank; 0: in the caller's thread."""
-
-    prefetch_factor: int = 4
-    """Batches that each process has ready."""
-
-    device_type: str = "cpu"
-    """For "cuda" the batches lie in pinned memory: copy them with ``non_blocking=True``."""
-
-    max_bad_fraction: float = 0.05
-    """Share of a rank's images of an epoch that may be unreadable, in [0, 1]."""
-
-
-def num_loaders(wanted: int | None) -> int:
-    """Loader processes of a worker: as many as wanted, or four, or as many as there are cores."""
-    return min(4, len(os.sched_getaffinity(0))) if wanted is None else wanted
 
 
 class AnyBatch(Protocol):
@@ -306,16 +295,6 @@ class AnyBatch(Protocol):
 
 
 B = TypeVar("B", bound=AnyBatch)
-
-
-class AnySamples(Protocol):
-    """A map-style data set whose ``__getitems__`` gives a batch with its faults, or a DataError."""
-
-    instead: str
-    """What becomes of an unreadable image, for people."""
-
-    def share(self) -> None:
-        """Put what is large where all loader processes see it."""
 
 
 class Order(Protocol):
@@ -336,27 +315,38 @@ class EpochLoader(Generic[B]):
 
     def __init__(
         self,
-        samples: AnySamples,
+        samples: SharedSamples[Any],
         batch_sampler: Order,
         *,
         num_samples: int,
-        options: LoaderOptions,
+        config: LoaderConfig,
+        device_type: str = "cpu",
     ) -> None:
-        """Use ``train_loader`` or ``eval_loader``; ``num_samples`` images make an epoch."""
+        """Use ``train_loader``, ``eval_loader`` or the like of another kind of batches.
+
+        Args:
+            samples: batches by their keys.
+            batch_sampler: the keys.
+            num_samples: images that make an epoch.
+            config: loader processes, and how many images may be unreadable.
+            device_type: for "cuda" batches lie in pinned memory: copy them with
+                ``non_blocking=True``.
+        """
         self._batch_sampler = batch_sampler
         self._num_samples = num_samples
-        self._max_bad_fraction = options.max_bad_fraction
-        if options.num_workers:
+        self._max_bad_fraction = config.max_bad_fraction
+        num_workers = _num_loaders(config)
+        if num_workers:
             samples.share()
         loader: Any = DataLoader(
             samples,  # type: ignore[arg-type]  # torch would have it derive from its Dataset
             batch_sampler=batch_sampler,
             collate_fn=_as_it_is,
-            num_workers=options.num_workers,
-            pin_memory=options.device_type == "cuda",
-            persistent_workers=options.num_workers > 0,
-            prefetch_factor=options.prefetch_factor if options.num_workers else None,
-            multiprocessing_context=_context() if options.num_workers else None,
+            num_workers=num_workers,
+            pin_memory=device_type == "cuda",
+            persistent_workers=num_workers > 0,
+            prefetch_factor=_READY if num_workers else None,
+            multiprocessing_context=_context() if num_workers else None,
             # Each epoch draws a seed for the processes (which use none of it): without a generator
             # of its own it would come from the global stream of the training process.
             generator=torch.Generator(),
@@ -409,7 +399,8 @@ def train_loader(
     transform: Transform,
     *,
     sampler: ShardedBatchSampler,
-    options: LoaderOptions,
+    config: LoaderConfig,
+    device_type: str = "cpu",
 ) -> BatchLoader:
     """The rank's batches of an epoch, in the order of ``sampler``, each image augmented by its key.
 
@@ -417,7 +408,9 @@ def train_loader(
     """
     samples = Samples(images, transform, read=read_or_replace, sampler=sampler)
     num_samples = len(sampler) * sampler.num_local
-    return BatchLoader(samples, sampler, num_samples=num_samples, options=options)
+    return BatchLoader(
+        samples, sampler, num_samples=num_samples, config=config, device_type=device_type
+    )
 
 
 def eval_loader(
@@ -425,19 +418,31 @@ def eval_loader(
     transform: Transform,
     *,
     batch_size: int,
-    rank: int = 0,
-    world_size: int = 1,
-    options: LoaderOptions,
+    workers: Workers,
+    config: LoaderConfig,
 ) -> BatchLoader:
-    """Every image once over all ranks: rank r has images r, r + world_size, and so on, in order.
+    """Every image once over all ranks: rank r has images r, r + size, and so on, in order.
 
     Ranks may differ in images and in batches: sum over the set, then over ranks, once at the end.
     ``batch_size`` is the rank's own, and so is ``num_global``. An unreadable image is left out.
     """
-    mine = [(0, index) for index in range(rank, len(images), world_size)]
+    mine = [(0, index) for index in range(workers.rank, len(images), workers.size)]
     batches = [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]
     samples = Samples(images, transform, read=read_or_skip)
-    return BatchLoader(samples, batches, num_samples=len(mine), options=options)
+    return BatchLoader(
+        samples,
+        batches,
+        num_samples=len(mine),
+        config=config,
+        device_type=workers.device.type,
+    )
+
+
+def _num_loaders(config: LoaderConfig) -> int:
+    """Loader processes: as many as wanted, or four, or as many as there are cores."""
+    if config.loader_workers is None:
+        return min(4, len(os.sched_getaffinity(0)))
+    return config.loader_workers
 
 
 def _as_it_is(loaded: Any) -> Any:

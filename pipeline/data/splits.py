@@ -12,53 +12,23 @@ Shape letters:  N images   K classes
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.config.classification import SplitConfig
 from pipeline.errors import ConfigError, DataError
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-@dataclass(frozen=True)
-class SplitRule:
-    """How a training set is divided.
-
-    Raises:
-        ConfigError: a value is outside its range.
-    """
-
-    validation_fraction: float = 0.1
-    """Of each class, in [0, 1); 0 only where nothing has to be carved."""
-
-    train_per_class: int | None = None
-    """Few labels: so many training images of each class, at least 1; None takes all."""
-
-    select_on_test: bool = False
-    """Train on all training images and call the test set the validation set, as the paper does. The
-    best epoch is then chosen with the labels it is judged by. ``validation_fraction`` is unused."""
-
-    seed: int = 0
-    """At least 0."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.validation_fraction < 1:
-            raise ConfigError(
-                f"validation_fraction must be in [0, 1), got {self.validation_fraction}"
-            )
-        if self.train_per_class is not None and self.train_per_class < 1:
-            raise ConfigError(
-                f"train_per_class must be at least 1, got {self.train_per_class}: leave it out to "
-                "train on all images"
-            )
-        if not 0 <= self.seed < 1 << 63:
-            raise ConfigError(f"seed must be in [0, 2**63), got {self.seed}")
-
-
 def carve(
-    labels: NDArray[np.int64], classes: Sequence[str], rule: SplitRule, *, has_validation: bool
+    targets: NDArray[np.int64],
+    classes: Sequence[str],
+    config: SplitConfig,
+    *,
+    seed: int,
+    has_validation: bool,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Indices to train on and indices to validate on, both ascending.
 
@@ -71,33 +41,33 @@ def carve(
         DataError: a class has fewer than ``train_per_class`` images left. (A class without any
             training image is let pass: there is no number that would suit it.)
     """
-    count_K = np.bincount(labels, minlength=len(classes))
+    count_K = np.bincount(targets, minlength=len(classes))
     held_K = np.zeros_like(count_K)
     if not has_validation:
-        if rule.validation_fraction == 0:
+        if config.validation_fraction == 0:
             raise ConfigError(
                 "validation_fraction must be above 0, got 0, because the data has no validation "
                 "split of its own: set select_on_test to choose the best epoch on the test set "
                 "(as the paper does)"
             )
-        wished_K = np.rint(rule.validation_fraction * count_K).astype(np.int64)
+        wished_K = np.rint(config.validation_fraction * count_K).astype(np.int64)
         held_K = np.where(count_K > 1, np.clip(wished_K, 1, np.maximum(count_K - 1, 1)), 0)
-    rank_N = rank_within_class(labels, len(classes), rule.seed)
-    is_held_N = rank_N < held_K[labels]
+    rank_N = rank_within_class(targets, len(classes), seed)
+    is_held_N = rank_N < held_K[targets]
     is_taken_N = ~is_held_N
-    if rule.train_per_class is not None:
-        _check_enough(count_K - held_K, classes, rule.train_per_class)
-        is_taken_N &= rank_N < held_K[labels] + rule.train_per_class
+    if config.train_per_class is not None:
+        _check_enough(count_K - held_K, classes, config.train_per_class)
+        is_taken_N &= rank_N < held_K[targets] + config.train_per_class
     return np.flatnonzero(is_taken_N), np.flatnonzero(is_held_N)
 
 
-def rank_within_class(labels: NDArray[np.int64], num_classes: int, seed: int) -> NDArray[np.int64]:
+def rank_within_class(targets: NDArray[np.int64], num_classes: int, seed: int) -> NDArray[np.int64]:
     """``(N,)``: the place of each image in its class' random order, from 0."""
-    order_N = np.lexsort((_keys(len(labels), seed), labels))
-    count_K = np.bincount(labels, minlength=num_classes)
+    order_N = np.lexsort((_keys(len(targets), seed), targets))
+    count_K = np.bincount(targets, minlength=num_classes)
     first_K = np.cumsum(count_K) - count_K
-    rank_N = np.empty(len(labels), np.int64)
-    rank_N[order_N] = np.arange(len(labels)) - first_K[labels[order_N]]
+    rank_N = np.empty(len(targets), np.int64)
+    rank_N[order_N] = np.arange(len(targets)) - first_K[targets[order_N]]
     return rank_N
 
 

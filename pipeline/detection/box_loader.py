@@ -17,45 +17,50 @@ Shape letters:  B images   N boxes of an image   M boxes of a batch   H, W rows 
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, cast
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from pipeline.boxes import clip, rescale
-from pipeline.data.labelled_images import LabelledImages, decode_rgb, printable
-from pipeline.data.loader import EpochLoader, Fault, LoaderOptions, Packed, pack, unpack
+from pipeline.config.detection import BoxDataConfig
+from pipeline.config.settings import LoaderConfig
+from pipeline.data.labelled_images import decode_rgb, printable
+from pipeline.data.loader import EpochLoader, Fault, SharedSamples
 from pipeline.data.seeding import key_of
 from pipeline.data.sources import ReadFault, fetch_bytes
 from pipeline.detection.box_sampler import BoxKey, BucketBatchSampler
-from pipeline.detection.box_table import BoxTable, TableSource, merge_boxes, read_box_table
-from pipeline.errors import ConfigError, DataError
-
-SHORT_SIDES = tuple(range(480, 801, 32))
+from pipeline.detection.box_table import BoxTable
+from pipeline.errors import DataError
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
+class SeenSize:
+    """How large a detector sees the images that it is asked about, pixels."""
+
+    short_side: int
+    max_side: int
+    """Of the longer side, at most."""
+
+    def of(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height in proportion: the shorter ``short_side``, unless the longer exceeds
+        ``max_side``; then that.
+        """
+        return resized_size(width, height, short_side=self.short_side, max_side=self.max_side)
+
+    def pixels_of(self, image: Image.Image) -> Tensor:
+        """``(3, H, W)`` uint8."""
+        return _pixels(_resized(image, self.of(*image.size)))
+
+
 class BoxTransform:
-    """What is drawn for each image; one short side and no flip draw nothing."""
+    """What is drawn for each image that is trained on: how large it is, and whether mirrored."""
 
-    short_sides: tuple[int, ...] = SHORT_SIDES
-    """Pixels, each as likely as the others."""
-
-    max_side: int = 1333
-    flip: float = 0.5
-    """Probability of a horizontal flip, in [0, 1]."""
-
-    def __post_init__(self) -> None:
-        if not self.short_sides or min(self.short_sides) < 1:
-            raise ConfigError(f"short_sides must be one or more sides >= 1, got {self.short_sides}")
-        if self.max_side < 1:
-            raise ConfigError(f"max_side must be at least 1, got {self.max_side}")
-        if not 0 <= self.flip <= 1:
-            raise ConfigError(f"flip must be in [0, 1], got {self.flip}")
+    def __init__(self, config: BoxDataConfig) -> None:
+        self.config = config
 
     def __call__(
         self, image: Image.Image, boxes_N4: NDArray[np.float32], rng: random.Random
@@ -63,23 +68,24 @@ class BoxTransform:
         """``(3, H, W)`` uint8 and the boxes in its pixels."""
         # Only `random` is promised to stay the same in later versions of Python. Both numbers are
         # drawn always, so that one option does not change what another one draws.
-        side = self.short_sides[int(rng.random() * len(self.short_sides))]
-        flipped = rng.random() < self.flip
-        size = resized_size(image.width, image.height, short_side=side, max_side=self.max_side)
+        side = self.config.short_sides[int(rng.random() * len(self.config.short_sides))]
+        flipped = rng.random() < self.config.flip
+        size = SeenSize(side, self.config.max_side).of(*image.size)
         # Cut, because 54 * (29 / 54) is a little more than 29.
         scaled_N4 = clip(rescale(boxes_N4, size[0] / image.width, size[1] / image.height), *size)
-        if size != image.size:
-            image = image.resize(size, Image.Resampling.BILINEAR)
+        image = _resized(image, size)
         if flipped:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             scaled_N4[:, [0, 2]] = size[0] - scaled_N4[:, [2, 0]]
-        image_3HW = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-        return image_3HW, scaled_N4.astype(np.float32)
+        return _pixels(image), scaled_N4.astype(np.float32)
 
 
-def fixed_size(short_side: int = 800, *, max_side: int = 1333) -> BoxTransform:
-    """What a detector sees in a test: nothing is drawn."""
-    return BoxTransform(short_sides=(short_side,), max_side=max_side, flip=0)
+def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return image if size == image.size else image.resize(size, Image.Resampling.BILINEAR)
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def resized_size(width: int, height: int, *, short_side: int, max_side: int) -> tuple[int, int]:
@@ -95,19 +101,6 @@ def resized_size(width: int, height: int, *, short_side: int, max_side: int) -> 
     new_width, new_height = (max(1, int(side + 0.5)) for side in wanted)
     return new_width, new_height
 
-
-__all__ = [
-    "BoxBatch",
-    "BoxSample",
-    "BoxSamples",
-    "BoxTable",
-    "BoxTransform",
-    "TableSource",
-    "fixed_size",
-    "merge_boxes",
-    "pack_samples",
-    "read_box_table",
-]
 
 # A store that is gone would otherwise be asked for every image of the table.
 _MOST_IN_A_ROW: Final = 100
@@ -165,10 +158,10 @@ class BoxBatch(NamedTuple):
     """Images of all workers in this step."""
 
     num_replaced: int
-    """Images that could not be read: another stands in their place, or in evaluation none."""
+    """Images that could not be read: another stands in their place."""
 
     first: int = 0
-    """Where in the global batch this share begins; 0 in evaluation."""
+    """Where in the global batch this share begins."""
 
     @property
     def samples(self) -> list[BoxSample]:
@@ -218,34 +211,14 @@ class BoxesLoaded(NamedTuple):
     faults: Sequence[Fault]
 
 
-class BoxSamples(Dataset[BoxesLoaded | DataError]):
-    """Whole batches by their keys; with a sampler for training, else for evaluation."""
+class BoxSamples(SharedSamples[BoxTable]):
+    """Of images with boxes."""
 
     def __init__(
-        self, table: BoxTable, transform: BoxTransform, *, sampler: BucketBatchSampler | None = None
+        self, table: BoxTable, transform: BoxTransform, sampler: BucketBatchSampler
     ) -> None:
-        self._table = table
-        self._packed: Packed | None = None
+        super().__init__(table, sampler, "the next image of its orientation takes its place")
         self._transform = transform
-        self._replace = sampler is not None
-        self._seed = sampler.seed if sampler else 0
-        self._num_global = sampler.num_global if sampler else None
-        self._first = sampler.first if sampler else 0
-        self.instead = (
-            "the next image of its orientation takes its place" if sampler else "it is left out"
-        )
-
-    def share(self) -> None:
-        """From now on a pickle of this carries the table in shared memory."""
-        # Packing asks nothing of what it packs.
-        self._packed = pack(cast(LabelledImages, self._table))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_table": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._table = cast(BoxTable, unpack(state["_packed"]))
 
     def __getitems__(self, keys: list[BoxKey]) -> BoxesLoaded | DataError:
         try:
@@ -259,25 +232,24 @@ class BoxSamples(Dataset[BoxesLoaded | DataError]):
         faults: list[Fault] = []
         num_replaced = 0
         # Together, because a store answers many requests in the time of one.
-        files = fetch_bytes([self._table.uri(index) for _, _, index in keys])
+        files = fetch_bytes([self._images.uri(index) for _, _, index in keys])
         for (step, place, wanted), data in zip(keys, files, strict=True):
-            index, found = wanted, read_image(self._table, wanted, data)
+            index, found = wanted, read_image(self._images, wanted, data)
             if isinstance(found, Fault):
                 faults.append(found)
                 num_replaced += 1
-                if not self._replace:
-                    continue
                 index, found = self._stand_in(wanted, faults)
             key = key_of("box sample", self._seed, step, place) >> 1
             samples.append(self._sample(index, found, key))
-        num_global = self._num_global or len(samples)
         batch = pack_samples(samples)._replace(
-            num_global=num_global, num_replaced=num_replaced, first=self._first
+            num_global=self._num_global or len(samples),
+            num_replaced=num_replaced,
+            first=self._first,
         )
         return BoxesLoaded(batch, faults)
 
     def _sample(self, index: int, image: Image.Image, key: int) -> BoxSample:
-        table, mine = self._table, self._table.rows(index)
+        table, mine = self._images, self._images.rows(index)
         image_3HW, boxes_N4 = self._transform(image, table.boxes_M4[mine], random.Random(key))
         return BoxSample(
             image_3HW=image_3HW,
@@ -297,15 +269,15 @@ class BoxSamples(Dataset[BoxesLoaded | DataError]):
         Raises:
             DataError: there is none, or not soon.
         """
-        wide_N, tried = self._table.is_wide_N, 1
+        wide_N, tried = self._images.is_wide_N, 1
         for offset in range(1, len(wide_N)):
             index = (wanted + offset) % len(wide_N)
             if wide_N[index] != wide_N[wanted]:
                 continue
             if tried == _MOST_IN_A_ROW:
                 break
-            (data,) = fetch_bytes([self._table.uri(index)])
-            found = read_image(self._table, index, data)
+            (data,) = fetch_bytes([self._images.uri(index)])
+            found = read_image(self._images, index, data)
             if not isinstance(found, Fault):
                 return index, found
             faults.append(found)
@@ -339,9 +311,6 @@ def read_image(table: BoxTable, index: int, data: bytes | ReadFault) -> Image.Im
     return image
 
 
-__all__ = ["BoxBatch", "BoxLoader", "LoaderOptions", "eval_box_loader", "train_box_loader"]
-
-
 class BoxLoader(EpochLoader[BoxBatch]):
     """An epoch of batches per iteration; unreadable files are warned of once each, with name.
 
@@ -351,30 +320,21 @@ class BoxLoader(EpochLoader[BoxBatch]):
 
 
 def train_box_loader(
-    table: BoxTable, transform: BoxTransform, *, sampler: BucketBatchSampler, options: LoaderOptions
+    table: BoxTable,
+    transform: BoxTransform,
+    *,
+    sampler: BucketBatchSampler,
+    config: LoaderConfig,
+    device_type: str = "cpu",
 ) -> BoxLoader:
     """The worker's batches of an epoch, in the order of ``sampler``.
 
     An image that cannot be read is replaced by the next one of its orientation, under its own key.
     """
-    samples = BoxSamples(table, transform, sampler=sampler)
-    num_samples = len(sampler) * sampler.num_local
-    return BoxLoader(samples, sampler, num_samples=num_samples, options=options)
-
-
-def eval_box_loader(
-    table: BoxTable,
-    transform: BoxTransform,
-    *,
-    batch_size: int,
-    rank: int = 0,
-    world_size: int = 1,
-    options: LoaderOptions,
-) -> BoxLoader:
-    """Every image once over all workers: worker r has images r, r + world_size, and so on.
-
-    ``batch_size`` is the worker's own, and so is ``num_global``. An unreadable image is left out.
-    """
-    mine = [(0, index, index) for index in range(rank, len(table), world_size)]
-    batches = [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]
-    return BoxLoader(BoxSamples(table, transform), batches, num_samples=len(mine), options=options)
+    return BoxLoader(
+        BoxSamples(table, transform, sampler),
+        sampler,
+        num_samples=len(sampler) * sampler.num_local,
+        config=config,
+        device_type=device_type,
+    )

@@ -17,16 +17,16 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import Sampler
 
 from pipeline.data.seeding import key_of
+from pipeline.data.sharding import ShareSampler
 from pipeline.errors import ConfigError, DataError
 
 BoxKey = tuple[int, int, int]
 """(step, place in the global batch, index of the image); the first two seed its augmentation."""
 
 
-class BucketBatchSampler(Sampler[list[BoxKey]]):
+class BucketBatchSampler(ShareSampler[BoxKey]):
     """One worker's shares of the global batches of an epoch: steps of it, not a pass over the set.
 
     All images of a batch are of one bucket. Every image comes once in a pass, but the last images
@@ -59,39 +59,15 @@ class BucketBatchSampler(Sampler[list[BoxKey]]):
             DataError: there are no images.
             ValueError: ``rank`` is not in [0, world_size).
         """
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank must be in [0, {world_size}), got {rank}")
-        if batch_size < world_size:
-            raise ConfigError(
-                f"batch_size must be at least {world_size} for {world_size} workers, got "
-                f"{batch_size}; raise it or use fewer workers"
-            )
+        super().__init__(batch_size, rank=rank, world_size=world_size, seed=seed)
         if steps_per_epoch < 1:
             raise ConfigError(f"steps_per_epoch must be at least 1, got {steps_per_epoch}")
         if not len(bucket_N):
             raise DataError("the training set must have at least 1 image, got 0")
-        self.seed = seed
-        self.num_global = batch_size
         numbers, bucket_of_N = np.unique(bucket_N, return_inverse=True)
         self._bucket_N = bucket_of_N
         self._num_buckets = len(numbers)
         self._steps_per_epoch = steps_per_epoch
-        self._start, self._stop = (batch_size * end // world_size for end in (rank, rank + 1))
-        self._epoch = 0
-
-    @property
-    def first(self) -> int:
-        """Where in the global batch this worker's share begins."""
-        return self._start
-
-    @property
-    def num_local(self) -> int:
-        """Images of this worker in a step."""
-        return self._stop - self._start
-
-    def set_epoch(self, epoch: int) -> None:
-        """Which window the next iteration is; an iteration already begun keeps its own."""
-        self._epoch = epoch
 
     def __len__(self) -> int:
         """Steps of an epoch, the same on every worker."""
@@ -101,7 +77,7 @@ class BucketBatchSampler(Sampler[list[BoxKey]]):
         begin = self._epoch * self._steps_per_epoch
         batches = itertools.islice(self._batches_from(begin), self._steps_per_epoch)
         for step, batch_B in enumerate(batches, begin):
-            mine = enumerate(batch_B[self._start : self._stop].tolist(), self._start)
+            mine = enumerate(batch_B[self.first : self.stop].tolist(), self.first)
             yield [(step, place, index) for place, index in mine]
 
     def _batches_from(self, step: int) -> Iterator[NDArray[np.int64]]:

@@ -17,10 +17,10 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 from torchvision.ops import FrozenBatchNorm2d
 
+from pipeline.config.detection import Norm
 from pipeline.detection.batch_norm import PooledBatchNorm2d
 
 BackboneName = Literal["resnet10", "resnet18", "resnet34", "resnet50"]
-Norm = Literal["batch", "pooled", "frozen"]
 NormLayer: TypeAlias = Callable[[int], nn.Module]
 
 BLOCKS: Final[dict[str, tuple[Any, tuple[int, int, int, int]]]] = {

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from pipeline.detection.box_loader import BoxTransform, fixed_size
+from pipeline.detection.box_loader import SeenSize
 from pipeline.detection.detector import Detector, build_detector
 from pipeline.detection.options import DetectorOptions
 from pipeline.detection.predictor import Predictor
@@ -26,19 +26,11 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _KIND = "detector"
 
 
-@dataclasses.dataclass(frozen=True)
-class TestSize:
-    """How images are resized before they are looked at, pixels."""
-
-    short_side: int
-    max_side: int
-
-
 def write_detector(
     detector: Detector,
     folder: Location,
     *,
-    size: TestSize,
+    size: SeenSize,
     classes: Sequence[str],
     made_by: dict[str, Any],
 ) -> None:
@@ -47,7 +39,7 @@ def write_detector(
     Args:
         detector: with the statistics that it is to detect with.
         folder: where to.
-        size: of images in a test.
+        size: at which it is to see images.
         classes: names of the labels 1, 2, ...
         made_by: what JSON can hold of the run, its settings, data and versions.
 
@@ -76,18 +68,13 @@ class StoredDetector:
     """What lies in a detector's folder."""
 
     detector: Detector
-    size: TestSize
+    size: SeenSize
     classes: tuple[str, ...]
     sha256: str
     """Of the weights."""
 
     made_by: dict[str, Any]
     """What ``write_detector`` was told of the run."""
-
-    @property
-    def transform(self) -> BoxTransform:
-        """How images are resized for it."""
-        return fixed_size(self.size.short_side, max_side=self.size.max_side)
 
 
 def read_detector(
@@ -117,7 +104,7 @@ def read_detector(
         detector.load_state_dict(safetensors.torch.load(content))
         return StoredDetector(
             detector,
-            TestSize(**config["size"]),
+            SeenSize(**config["size"]),
             tuple(config["classes"]),
             sha256,
             config["made_by"],
@@ -140,4 +127,4 @@ def load_detector(path: str, device: str = "cpu") -> Predictor:
         WeightsError: as ``read_detector``.
     """
     stored = read_detector(Location.parse(path))
-    return Predictor(stored.detector.to(torch.device(device)), stored.transform)
+    return Predictor(stored.detector.to(torch.device(device)), stored.size)

@@ -150,7 +150,7 @@ class DetectedBoxes:
         """The labeller, its detector on ``device`` (``cpu``, ``cuda``)."""
         detector = self.stored.detector.to(torch.device(device))
         return DetectionLabeller(
-            Predictor(detector, self.stored.transform),
+            Predictor(detector, self.stored.size),
             provenance,
             method=self.method,
             precision=self.precision,

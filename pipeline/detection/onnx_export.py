@@ -13,7 +13,6 @@ Shape letters:  H, W rows and columns   D, E boxes of one image
 """
 
 import copy
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pipeline.detection.box_loader import SeenSize
 from pipeline.detection.detector import Detector
-from pipeline.detection.exported_detector import StoredDetector, TestSize
+from pipeline.detection.exported_detector import StoredDetector
 from pipeline.detection.predictor import Photo, opened
 from pipeline.errors import WeightsError
 from pipeline.models.onnx_export import ONNX_NAME, OPSET, OnnxRun, keep_checked
@@ -143,7 +143,7 @@ def _write(network: nn.Module, path: Path) -> None:
     )
 
 
-def _made_up_images(size: TestSize) -> list[Tensor]:
+def _made_up_images(size: SeenSize) -> list[Tensor]:
     """``(3, H, W)`` uint8 each, of three shapes as large as photos are made."""
     short = max(size.short_side, _SMALLEST_SCENE)
     long = max(short, min(round(short * _ASPECT), size.max_side))
@@ -156,7 +156,7 @@ def _made_up_images(size: TestSize) -> list[Tensor]:
 
 
 def _seen(photo: Photo, stored: StoredDetector) -> Tensor:
-    image_3HW, _ = stored.transform(opened(photo), np.zeros((0, 4), np.float32), random.Random(0))
+    image_3HW = stored.size.pixels_of(opened(photo))
     return image_3HW
 
 

@@ -5,15 +5,14 @@ To add a kind: its name in ``DetectorKind``, a line in ``_CHANGES``, a case in
 """
 
 from dataclasses import dataclass
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, get_args
 
-from pipeline.detection.c4 import BLOCKS, Norm
+from pipeline.config.detection import DetectorKind, Norm
+from pipeline.detection.c4 import BLOCKS
 from pipeline.detection.heads import Normaliser
 from pipeline.detection.timm_pyramid import TIMM
 from pipeline.errors import ConfigError
 from pipeline.models.features import NORMALIZATIONS
-
-DetectorKind = Literal["c4", "fpn", "nano"]
 
 FPN_STRIDES: Final = (4, 8, 16, 32, 64)
 """Of a pyramid's five maps; the last is only proposed from."""
@@ -23,7 +22,9 @@ FPN_STRIDES: Final = (4, 8, 16, 32, 64)
 class DetectorOptions:
     """All of a detector but its weights, in plain values; the defaults are those of ``c4``.
 
-    Other kinds want other numbers: take ``default_options``.
+    Other kinds want other numbers: take ``default_options``. It is what a detector's config.json
+    holds, every number resolved; users set a part of it in ``DetectorConfig``, whose fields are
+    handed on by their names (``setup.options_of``).
     """
 
     kind: DetectorKind = "c4"

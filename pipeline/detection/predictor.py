@@ -3,7 +3,6 @@
 Shape letters:  D boxes of one image
 """
 
-import random
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,28 +13,26 @@ from PIL import Image
 
 from pipeline.boxes import clip, rescale
 from pipeline.data.labelled_images import decode_rgb
-from pipeline.detection.box_loader import BoxTransform, resized_size
+from pipeline.detection.box_loader import SeenSize
 from pipeline.detection.detector import Detector
 from pipeline.evaluation.predictions import Detections
 
 Photo = str | Path | Image.Image | NDArray[np.uint8]
 """A file, an image, or ``(H, W, 3)`` RGB bytes."""
 
-_NO_BOXES = np.zeros((0, 4), np.float32)
-
 
 class Predictor:
     """Boxes of photos of any size, in their own pixels."""
 
-    def __init__(self, detector: Detector, transform: BoxTransform) -> None:
+    def __init__(self, detector: Detector, size: SeenSize) -> None:
         """Put the detector into evaluation mode.
 
         Args:
             detector: on the device to compute on.
-            transform: what it sees in a test, see ``fixed_size``.
+            size: at which it sees images.
         """
         self.detector = detector.eval()
-        self.transform = transform
+        self.size = size
 
     @property
     def device(self) -> torch.device:
@@ -45,8 +42,7 @@ class Predictor:
 
     def seen_size(self, width: int, height: int) -> tuple[int, int]:
         """Width and height that a photo of this size has for the detector."""
-        fixed = self.transform
-        return resized_size(width, height, short_side=fixed.short_sides[0], max_side=fixed.max_side)
+        return self.size.of(width, height)
 
     def predict(self, photo: Photo) -> Detections:
         """The boxes of one photo, the surest first.
@@ -65,9 +61,7 @@ class Predictor:
             DataError, OSError: as ``predict``.
         """
         images = [opened(photo) for photo in photos]
-        seen = [
-            self.transform(one, _NO_BOXES, random.Random(0))[0].to(self.device) for one in images
-        ]
+        seen = [self.size.pixels_of(one).to(self.device) for one in images]
         found = self.detector([one_3HW.float() / 255 for one_3HW in seen])
         return [
             Detections(

@@ -2,14 +2,13 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config import TrainDetectorJob
 from pipeline.detection.batch_norm import precise_bn
-from pipeline.detection.box_loader import fixed_size
+from pipeline.detection.box_loader import SeenSize
 from pipeline.detection.detector import Detector
-from pipeline.detection.exported_detector import TestSize, write_detector
+from pipeline.detection.exported_detector import write_detector
 from pipeline.detection.predictor import Predictor
 from pipeline.detection.probe import DetectionProbe, read_probe
 from pipeline.detection.setup import DetectorSetup, set_up
@@ -20,16 +19,11 @@ from pipeline.runs.life import (
     Outside,
     Telling,
     TrainingRun,
-    finished_results,
-    open_record,
     summary_of,
 )
 from pipeline.runs.record import Epoch
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.workers import Workers
-
-KIND = "detector"
-"""Of these runs, in summaries, in MLflow and in steps that are kept."""
 
 _TOLD = ("probe/ap50", "probe/ap", "probe/ar_100", "probe/corloc")
 _LABELS = "labels.json"
@@ -38,31 +32,10 @@ _LABELS = "labels.json"
 def train_detector_here(
     job: TrainDetectorJob, folder: RunFolder, workers: Workers, outside: Outside
 ) -> dict[str, Any]:
-    """Train until the last window, from where the folder's checkpoints end.
-
-    A finished run is not trained again: its results are told, and sent to MLflow, once more.
-
-    Returns:
-        The summary that also lies in the folder.
-
-    Raises:
-        PatchseedError: as errors.py lists; finished windows are kept.
-    """
-    tags = {"patchseed.kind": KIND}
-    finished = finished_results(job, folder, workers, outside, tags)
-    if finished is not None:
-        return finished
-    setup = set_up(job, workers)
-    _require_same_labels(setup, folder, workers)
-    probe = read_probe(job)
-    record = None
-    if workers.is_first:
-        telling = Telling(tags, _described(job, setup), _tagged(setup), _shown)
-        record = open_record(job, folder, setup, outside, telling)
-    return _DetectorRun(job, folder, workers, outside, setup, record, probe).train()
+    """Train on this worker, or tell what was trained; see ``TrainingRun.run``."""
+    return _DetectorRun(job, folder, workers, outside).run()
 
 
-@dataclass
 class _DetectorRun(TrainingRun):
     """Probes, and the detector written at the end; an epoch is a window of steps."""
 
@@ -70,10 +43,20 @@ class _DetectorRun(TrainingRun):
     setup: DetectorSetup
     probe: DetectionProbe | None
 
+    def set_up(self) -> DetectorSetup:
+        setup = set_up(self.job, self.workers)
+        _require_same_labels(setup, self.folder, self.workers)
+        self.probe = read_probe(self.job)
+        return setup
+
+    def telling(self) -> Telling:
+        return Telling(_described(self.job, self.setup), _tagged(self.setup), _shown)
+
     def look(self, epoch: int, numbers: dict[str, float]) -> float | None:
         last = epoch + 1 == self.job.num_epochs
         if self.probe is not None and ((epoch + 1) % self.job.probe.every == 0 or last):
-            numbers |= self.probe.numbers(self._predictor(), self.workers)
+            predictor = Predictor(self._measured(), self._seen_size)
+            numbers |= self.probe.numbers(predictor, self.workers)
         if self.workers.is_first:
             # Not before: a run that has learnt nothing is bound to no table.
             self.folder.write_json(_LABELS, _hashes(self.setup))
@@ -86,38 +69,26 @@ class _DetectorRun(TrainingRun):
             precise_bn(detector, self.setup.batches_to_measure(), self.job.precise_bn)
         return detector
 
-    def _predictor(self) -> Predictor:
-        data = self.job.data
-        transform = fixed_size(data.test_short_side, max_side=data.max_side)
-        return Predictor(self._measured(), transform)
+    @property
+    def _seen_size(self) -> SeenSize:
+        return SeenSize(self.job.data.test_short_side, self.job.data.max_side)
 
     def finish(self, tracker: Tracker) -> dict[str, Any]:
         """Write the detector and the summary."""
         detector = self._measured()
-        metrics: dict[str, float] = {}
-        if self.record is not None:
-            last = self.record.history[-1]
-            losses = [name for name in last if name.startswith("train/loss")]
-            metrics = {f"{name}_last": last[name] for name in (*losses, *_TOLD) if name in last}
-        metrics = self.workers.from_first(metrics)
-        summary = {
-            **summary_of(self.job, KIND, self.workers, metrics),
-            **_lineage(self.setup),
-        }
+        metrics = self.last_numbers(lambda name: name.startswith("train/loss") or name in _TOLD)
+        summary = {**summary_of(self.job, self.workers, metrics), **_lineage(self.setup)}
         if self.record is not None:
             self._write(detector, summary, tracker)
-        self.workers.wait()
-        self.outside.report(metrics)
         return summary
 
     def _write(self, detector: Detector, summary: dict[str, Any], tracker: Tracker) -> None:
         assert self.record is not None
         model = self.folder.place.child("model")
-        data = self.job.data
         write_detector(
             detector,
             model,
-            size=TestSize(data.test_short_side, data.max_side),
+            size=self._seen_size,
             classes=_classes(detector.options.num_classes),
             made_by=summary,
         )

@@ -1,4 +1,4 @@
-"""From a detector job's settings to what the loop needs; settings stop here."""
+"""From a detector job's settings to what the loop needs; the job stops here."""
 
 import os
 from collections.abc import Iterator
@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from pipeline.config import TrainDetectorJob
-from pipeline.data.loader import LoaderOptions, num_loaders
 from pipeline.data.seeding import key_of
 from pipeline.detection.batch_norm import fused
 from pipeline.detection.box_loader import BoxLoader, BoxTransform, train_box_loader
@@ -210,15 +209,13 @@ def _loader(
         world_size=workers.size,
         seed=seed,
     )
-    transform = BoxTransform(
-        short_sides=job.data.short_sides, max_side=job.data.max_side, flip=job.data.flip
-    )
-    options = LoaderOptions(
-        num_workers=num_loaders(job.loader_workers),
+    return train_box_loader(
+        table,
+        BoxTransform(job.data),
+        sampler=sampler,
+        config=job.loader,
         device_type=workers.device.type,
-        max_bad_fraction=job.data.max_bad_fraction,
     )
-    return train_box_loader(table, transform, sampler=sampler, options=options)
 
 
 def _loop_settings(job: TrainDetectorJob) -> LoopSettings:

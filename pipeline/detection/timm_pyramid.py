@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from pipeline.detection.c4 import NORM_LAYERS, PYRAMID_CHANNELS, Norm
+from pipeline.config.detection import Norm
+from pipeline.detection.c4 import NORM_LAYERS, PYRAMID_CHANNELS
 from pipeline.errors import ConfigError
 from pipeline.models.checkpoints import fit_state_dict
 

@@ -6,7 +6,6 @@ pictures worst_cases.py. To write one more file: a line in ``_files``.
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -122,7 +121,6 @@ def _record(job: EvaluateJob, numbers: dict[str, Any], detection: DetectionEvalu
         job.tracking_uri,
         experiment=job.experiment,
         run_name=job.run_name or f"evaluate {Location.parse(job.labels).name}",
-        spool=Path.cwd() / "_tracking",
     )
     flat = flatten(numbers)
     tracker.log_params(job.model_dump(mode="json", exclude={"debug"}))

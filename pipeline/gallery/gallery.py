@@ -341,13 +341,11 @@ def _run_to_record_in(job: DrawJob, manifest: Manifest) -> _TrackedRun | None:
 def _record(
     run: _TrackedRun, job: DrawJob, output: Location, sheet: bytes, shown: Sequence[_Drawn]
 ) -> None:
-    folder = Path(output.path) if output.is_local else Path.cwd()
     tracker = start_tracker(
         run.uri,
         experiment=job.experiment,
         run_name=job.run_name,
-        run_id=run.run_id,
-        spool=folder / "_tracking",
+        known={"run_id": run.run_id},
     )
     tracker.log_artifact_bytes(sheet, f"pictures/{SHEET_NAME}")
     for drawn in shown:

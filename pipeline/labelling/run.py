@@ -137,7 +137,8 @@ class LabelPass:
 
 ROWS_PER_FILE = 200_000
 
-# What may lie in an output beside the table: the lease, the run's blocks, undelivered tracking.
+# What may lie in an output beside the table: the lease, the run's blocks, and of older versions
+# what MLflow had not got.
 _OURS = ("_lease.json", "_run", "_tracking")
 
 

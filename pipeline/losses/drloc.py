@@ -11,22 +11,21 @@ cells of the last grid; learning to tell their offset teaches the network where 
 | cbr | a class per possible offset | squared error of the mean class over the classes' variance |
 
 To add a mode: a function beside ``_l1``, ``_ce`` and ``_cbr``, a case in ``drloc_terms`` and its
-name in ``Mode``. Pairs and targets come from pairs.py, smaller grids from losses/multi_stage.py.
+name in ``DRLocMode``. Pairs and targets come from pairs.py, smaller grids from
+multi_stage.py.
 
 Shape letters:  B images   C channels   H, W grid rows and columns   N cells (H * W)
                 M pairs of an image   D hidden width   K classes (1 in mode l1)
 """
 
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.losses.pairs import Normalize, cells_per_unit, check_grid, relative_offsets
-
-Mode = Literal["l1", "ce", "cbr"]
-Reduction = Literal["mean", "paper"]
+from pipeline.config.classification import DRLocMode, Normalize, Reduction
+from pipeline.losses.pairs import cells_per_unit, check_grid, relative_offsets
 
 # Both as in the released code; the first weighs log variance, the second keeps it finite.
 _LOG_VARIANCE_WEIGHT = 0.001
@@ -62,7 +61,7 @@ class DRLocHead(nn.Module):
         *,
         hidden_dim: int = 512,
         num_hidden: int = 2,
-        mode: Mode = "l1",
+        mode: DRLocMode = "l1",
         grid: tuple[int, int] = (7, 7),
         signed: bool = False,
     ) -> None:
@@ -82,14 +81,14 @@ class DRLocHead(nn.Module):
         """
         super().__init__()
         check_grid(*grid)
-        if mode not in get_args(Mode):
+        if mode not in get_args(DRLocMode):
             raise ValueError(f"mode must be l1, ce or cbr, got {mode!r}")
         if min(in_dim, hidden_dim, num_hidden) < 1:
             raise ValueError(
                 "in_dim, hidden_dim and num_hidden must be at least 1, "
                 f"got {in_dim}, {hidden_dim} and {num_hidden}"
             )
-        self.mode: Mode = mode
+        self.mode: DRLocMode = mode
         self.grid = grid
         self.signed = signed
         # One layer for both cells (and so one weight to load), though it is computed in two halves.
@@ -255,7 +254,7 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def check_options(mode: Mode, normalize: Normalize, reduction: Reduction) -> None:
+def check_options(mode: DRLocMode, normalize: Normalize, reduction: Reduction) -> None:
     """Refuse options that contradict each other.
 
     Raises:

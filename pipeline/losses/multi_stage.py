@@ -13,25 +13,20 @@ Shape letters:  B images   C channels   H, W grid rows and columns
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.config.classification import DRLocConfig, Pooling
 from pipeline.losses.drloc import (
     DRLocHead,
     DRLocTerms,
-    Mode,
-    Reduction,
     check_options,
     constant_predictor_floor,
     drloc_terms,
 )
-from pipeline.losses.pairs import Normalize, all_pairs, sample_pairs
-
-Pooling = Literal["none", "mean_2x2", "overlap_3x3"]
+from pipeline.losses.pairs import all_pairs, sample_pairs
 
 
 def pool_grid(features_BCHW: Tensor, kind: Pooling) -> Tensor:
@@ -84,29 +79,13 @@ def pooled_shape(height: int, width: int, kind: Pooling) -> tuple[int, int]:
     raise ValueError(f"pooling must be none, mean_2x2 or overlap_3x3, got {kind!r}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class DRLocOptions:
-    """How every grid is asked; the defaults are those of the released code."""
-
-    mode: Mode = "l1"
-    signed: bool = False
-    hidden_dim: int = 512
-    num_hidden: int = 2
-    num_pairs: int = 64
-    """Pairs drawn per image and grid; the paper's ablation: 32 and 128 are 1 to 3 points worse."""
-    all_pairs: bool = False
-    """Ask for every ordered pair instead: no noise, but ``(H * W) ** 2`` of them per image."""
-    normalize: Normalize = "none"
-    reduction: Reduction = "mean"
-
-
 class DRLocObjective(nn.Module):
     """A head per grid, and the sum of their losses."""
 
     def __init__(
         self,
         shapes: Sequence[tuple[int, int, int]],
-        options: DRLocOptions | None = None,
+        config: DRLocConfig,
         *,
         pooling: Pooling | Sequence[Pooling] = "none",
         seed: int = 0,
@@ -115,7 +94,7 @@ class DRLocObjective(nn.Module):
 
         Args:
             shapes: ``(C, H, W)`` of each grid, as the network gives it.
-            options: shared by all grids.
+            config: how every grid is asked; what it says of pooling and of lambda is the caller's.
             pooling: what is done to each grid first; one kind for all, or one per grid.
             seed: of the heads' initial weights.
 
@@ -124,16 +103,14 @@ class DRLocObjective(nn.Module):
                 or a pooled grid with a side below 2.
         """
         super().__init__()
-        self.options = options or DRLocOptions()
+        self.config = config
         kinds = [pooling] * len(shapes) if isinstance(pooling, str) else list(pooling)
         if not shapes or len(kinds) != len(shapes):
             raise ValueError(
                 "give at least one grid and a pooling for each, "
                 f"got {len(shapes)} grids and {len(kinds)} poolings"
             )
-        check_options(self.options.mode, self.options.normalize, self.options.reduction)
-        if self.options.num_pairs < 1:
-            raise ValueError(f"num_pairs must be at least 1, got {self.options.num_pairs}")
+        check_options(config.mode, config.normalize, config.reduction)
         self.pooling: list[Pooling] = kinds
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed: that one seeds the GPUs too, which are not forked here.
@@ -144,14 +121,14 @@ class DRLocObjective(nn.Module):
             )
 
     def _head(self, channels: int, grid: tuple[int, int]) -> DRLocHead:
-        options = self.options
+        config = self.config
         return DRLocHead(
             channels,
-            hidden_dim=options.hidden_dim,
-            num_hidden=options.num_hidden,
-            mode=options.mode,
+            hidden_dim=config.hidden_dim,
+            num_hidden=config.num_hidden,
+            mode=config.mode,
             grid=grid,
-            signed=options.signed,
+            signed=config.signed,
         )
 
     @property
@@ -167,14 +144,10 @@ class DRLocObjective(nn.Module):
 
         Args:
             num_images: how many images each grid has.
-            generator: of the pairs (``pair_generator``); untouched if ``all_pairs``.
+            generator: of the pairs (``pair_generator``).
         """
-        if self.options.all_pairs:
-            return tuple(
-                all_pairs(num_images, *head.grid, device=generator.device) for head in self._heads
-            )
         return tuple(
-            sample_pairs(num_images, self.options.num_pairs, *head.grid, generator=generator)
+            sample_pairs(num_images, self.config.num_pairs, *head.grid, generator=generator)
             for head in self._heads
         )
 
@@ -199,8 +172,8 @@ class DRLocObjective(nn.Module):
                 pooled_BCHW,
                 head,
                 pairs_BM22,
-                normalize=self.options.normalize,
-                reduction=self.options.reduction,
+                normalize=self.config.normalize,
+                reduction=self.config.reduction,
             )
             for pooled_BCHW, pairs_BM22, head in zip(pooled, pairs, self._heads, strict=True)
         ]

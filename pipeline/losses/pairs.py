@@ -11,12 +11,11 @@ Shape letters:  B images   M pairs of an image   22 (first or second cell) x (ro
 """
 
 import hashlib
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Normalize = Literal["none", "side", "side_minus_one"]
+from pipeline.config.classification import Normalize
 
 
 def pair_generator(seed: int, rank: int, step: int, device: torch.device | str) -> torch.Generator:

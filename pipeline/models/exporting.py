@@ -30,11 +30,12 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
+from pipeline.config.classification import Tap
 from pipeline.data.pseudo_labels import versions
 from pipeline.errors import DataError, StorageError, WeightsError, one_line
 from pipeline.models.backbones import build_model
 from pipeline.models.checkpoints import fit_state_dict
-from pipeline.models.grid_classifier import GridClassifier, Tap
+from pipeline.models.grid_classifier import GridClassifier
 from pipeline.storage import Location
 
 FORMAT = "patchseed-classifier"

@@ -12,15 +12,13 @@ a grid   N tokens   K classes
 import copy
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.config.classification import Tap
 from pipeline.errors import ConfigError
-
-Tap = Literal["pre_norm", "post_norm"]
-"""Where the last grid is taken: as it leaves the last block, or after the network's final norm."""
 
 
 class LogitsAndGrids(NamedTuple):

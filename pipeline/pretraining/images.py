@@ -39,11 +39,11 @@ class LocatedImages:
     """Images by their URIs, read one at a time."""
 
     def __init__(self, uris: Sequence[str]) -> None:
-        self.labels = np.zeros(len(uris), np.int64)
+        self.targets = np.zeros(len(uris), np.int64)
         self._uris = PackedBytes(os.fsencode(uri) for uri in uris)
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.targets)
 
     def image(self, index: int) -> Image.Image:
         uri = os.fsdecode(self._uris[index])
@@ -60,12 +60,12 @@ class Joined:
     """Several collections as one, one after the other."""
 
     def __init__(self, parts: Sequence[LabelledImages]) -> None:
-        self.labels = np.concatenate([part.labels for part in parts])
+        self.targets = np.concatenate([part.targets for part in parts])
         self._parts = parts
         self._ends = np.cumsum([len(part) for part in parts])
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.targets)
 
     def _find(self, index: int) -> tuple[LabelledImages, int]:
         part = int(np.searchsorted(self._ends, index, side="right"))
@@ -84,7 +84,7 @@ class Preloaded:
     """Images decoded once and kept, their shorter side ``side``; faults are raised every time."""
 
     def __init__(self, images: LabelledImages, side: int) -> None:
-        self.labels = images.labels
+        self.targets = images.targets
         self._names = PackedBytes(images.name(index).encode() for index in range(len(images)))
         self._size_N2 = np.zeros((len(images), 2), np.int64)
         self._faults: dict[int, str] = {}
@@ -102,7 +102,7 @@ class Preloaded:
         return image.tobytes()
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.targets)
 
     def image(self, index: int) -> Image.Image:
         if index in self._faults:
@@ -134,8 +134,8 @@ def _read_archive(path: str) -> EncodedImages:
     if not members:
         raise DataError(f"{path} must hold images, got none")
     names = sorted(members)
-    labels = np.zeros(len(names), np.int64)
-    return EncodedImages(path, names, (members[name] for name in names), labels)
+    targets = np.zeros(len(names), np.int64)
+    return EncodedImages(path, names, (members[name] for name in names), targets)
 
 
 def _read_lake(text: str) -> LocatedImages:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations
 
+from pipeline.config.pretraining import DINOConfig
 from pipeline.models.dino_vit import class_token, require_class_token, require_plain_vit
 
 
@@ -94,15 +95,7 @@ def _linear(fan_in: int, fan_out: int) -> nn.Linear:
 class DINONetwork(nn.Module):
     """A backbone and its head; images of one batch have one size, which may change per batch."""
 
-    def __init__(
-        self,
-        vit: nn.Module,
-        *,
-        num_prototypes: int,
-        hidden_dim: int = 2048,
-        bottleneck_dim: int = 256,
-        norm_last_layer: bool = True,
-    ) -> None:
+    def __init__(self, vit: nn.Module, config: DINOConfig) -> None:
         """Take over a timm ``VisionTransformer`` with a class token and learned positions.
 
         Raises:
@@ -113,13 +106,13 @@ class DINONetwork(nn.Module):
         require_class_token(vit)
         self.backbone = vit
         width: Any = vit.num_features
-        self.num_prototypes = num_prototypes
+        self.num_prototypes = config.out_dim
         self.head = DINOHead(
             int(width),
-            num_prototypes,
-            hidden_dim=hidden_dim,
-            bottleneck_dim=bottleneck_dim,
-            norm_last_layer=norm_last_layer,
+            config.out_dim,
+            hidden_dim=config.hidden_dim,
+            bottleneck_dim=config.bottleneck_dim,
+            norm_last_layer=config.norm_last_layer,
         )
 
     def features(self, images_B3HW: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ _CHUNK = 1024
 
 def knn_accuracy(
     train_ND: Tensor,
-    labels_N: Tensor,
+    targets_N: Tensor,
     test_MD: Tensor,
     truth_M: Tensor,
     *,
@@ -50,7 +50,7 @@ def knn_accuracy(
 
     Args:
         train_ND: features of the training images, of any length.
-        labels_N: their classes, from 0.
+        targets_N: their classes, from 0.
         test_MD: features of the test images.
         truth_M: their classes.
         num_neighbours: that vote; no more than there are training images are taken.
@@ -61,19 +61,19 @@ def knn_accuracy(
     """
     if not len(train_ND) or not len(test_MD):
         raise ValueError(f"there must be images, got {len(train_ND)} and {len(test_MD)}")
-    if len(labels_N) != len(train_ND) or len(truth_M) != len(test_MD):
+    if len(targets_N) != len(train_ND) or len(truth_M) != len(test_MD):
         raise ValueError(
-            f"each image needs a label, got {len(train_ND)} and {len(labels_N)}, "
+            f"each image needs a label, got {len(train_ND)} and {len(targets_N)}, "
             f"{len(test_MD)} and {len(truth_M)}"
         )
-    num_classes = int(torch.cat([labels_N, truth_M]).max()) + 1
+    num_classes = int(torch.cat([targets_N, truth_M]).max()) + 1
     train_ND = F.normalize(train_ND.float(), dim=1)
     num_right = 0
     for start in range(0, len(test_MD), _CHUNK):
         chunk_MD = F.normalize(test_MD[start : start + _CHUNK].float(), dim=1)
         nearest = (chunk_MD @ train_ND.T).topk(min(num_neighbours, len(train_ND)), dim=1)
         votes_MK = torch.zeros(len(chunk_MD), num_classes, device=chunk_MD.device)
-        votes_MK.scatter_add_(1, labels_N[nearest.indices], (nearest.values / temperature).exp())
+        votes_MK.scatter_add_(1, targets_N[nearest.indices], (nearest.values / temperature).exp())
         num_right += int((votes_MK.argmax(dim=1) == truth_M[start : start + _CHUNK]).sum())
     return num_right / len(test_MD)
 
@@ -180,7 +180,9 @@ def neighbour_accuracy(
 ) -> float:
     """k-NN accuracy of the class tokens, in [0, 1]; the squares in the middle of the images."""
     known, asked = (_tokens(network, images, side, device) for images in (train, test))
-    return knn_accuracy(known, torch.from_numpy(train.labels), asked, torch.from_numpy(test.labels))
+    return knn_accuracy(
+        known, torch.from_numpy(train.targets), asked, torch.from_numpy(test.targets)
+    )
 
 
 def _tokens(

@@ -1,7 +1,7 @@
 """One DINO run from its settings to its results, on this worker; knows no Ray."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from pipeline.config import PretrainDinoJob
@@ -14,8 +14,6 @@ from pipeline.runs.life import (
     Outside,
     Telling,
     TrainingRun,
-    finished_results,
-    open_record,
     summary_of,
 )
 from pipeline.runs.record import Epoch
@@ -23,44 +21,31 @@ from pipeline.tracking.tracker import Tracker
 from pipeline.training.loop import Hooks
 from pipeline.training.workers import Workers
 
-KIND = "dino"
-"""Of these runs, in summaries, in MLflow and in steps that are kept."""
-
 
 def pretrain_dino_here(
     job: PretrainDinoJob, folder: RunFolder, workers: Workers, outside: Outside
 ) -> dict[str, Any]:
-    """Train until the last epoch, from where the folder's checkpoints end.
-
-    A finished run is not trained again: its results are told, and sent to MLflow, once more.
-
-    Returns:
-        The summary that also lies in the folder.
-
-    Raises:
-        PatchseedError: as errors.py lists; finished epochs are kept.
-    """
-    tags = {"patchseed.kind": KIND}
-    finished = finished_results(job, folder, workers, outside, tags)
-    if finished is not None:
-        return finished
-    setup = set_up(job, workers)
-    record = probes = None
-    if workers.is_first:
-        # The others wait for rank 0's next step while it probes.
-        probes = read_probes(job)
-        telling = Telling(tags, _described(job, setup), {"num_images": len(setup.images)}, _shown)
-        record = open_record(job, folder, setup, outside, telling)
-    return _DinoRun(job, folder, workers, outside, setup, record, probes).train()
+    """Train on this worker, or tell what was trained; see ``TrainingRun.run``."""
+    return _DinoRun(job, folder, workers, outside).run()
 
 
-@dataclass
 class _DinoRun(TrainingRun):
     """Probes, and the teacher written at the end."""
 
     job: PretrainDinoJob
     setup: DINOSetup
-    probes: Probes | None
+    probes: Probes | None = None
+    """Of rank 0: the others wait for its next step while it probes."""
+
+    def set_up(self) -> DINOSetup:
+        setup = set_up(self.job, self.workers)
+        if self.workers.is_first:
+            self.probes = read_probes(self.job)
+        return setup
+
+    def telling(self) -> Telling:
+        lines = _described(self.job, self.setup)
+        return Telling(lines, {"num_images": len(self.setup.images)}, _shown)
 
     def hooks(self) -> Hooks:
         task = self.setup.task
@@ -77,14 +62,9 @@ class _DinoRun(TrainingRun):
 
     def finish(self, tracker: Tracker) -> dict[str, Any]:
         """Write the teacher and the summary."""
-        metrics: dict[str, float] = {}
-        if self.record is not None:
-            last = self.record.history[-1]
-            metrics = {f"{name}_last": last[name] for name in _TOLD if name in last}
-        metrics = self.workers.from_first(metrics)
         weights = self.setup.weights
         summary = {
-            **summary_of(self.job, KIND, self.workers, metrics),
+            **summary_of(self.job, self.workers, self.last_numbers(_TOLD.__contains__)),
             "num_images": len(self.setup.images),
             "started_from": None if weights is None else weights.sha256,
         }
@@ -97,8 +77,6 @@ class _DinoRun(TrainingRun):
             )
             figures = {"curves": curves_picture(self.record.history, None)}
             self.publish(summary, figures, tracker)
-        self.workers.wait()
-        self.outside.report(metrics)
         return summary
 
 

@@ -1,4 +1,4 @@
-"""From a DINO job's settings to what the loop needs; settings stop here."""
+"""From a DINO job's settings to what the loop needs; the job stops here."""
 
 import os
 from dataclasses import dataclass
@@ -9,14 +9,13 @@ import torch
 
 from pipeline.config import PretrainDinoJob
 from pipeline.data.labelled_images import LabelledImages
-from pipeline.data.loader import LoaderOptions, num_loaders, train_loader
+from pipeline.data.loader import train_loader
 from pipeline.data.sharding import ShardedBatchSampler
 from pipeline.models.backbones import build_vit, load_weights
 from pipeline.models.checkpoints import PICKLED, Weights
 from pipeline.pretraining.images import preload, random_square, read_unlabelled
 from pipeline.pretraining.network import DINONetwork
 from pipeline.pretraining.task import DINOObjective, DINOTask
-from pipeline.pretraining.views import MultiCropOptions
 from pipeline.training import schedules
 from pipeline.training.loop import LoopSettings, LoopState
 from pipeline.training.optim import build_optimizer, parameter_groups, scaled_lr
@@ -44,7 +43,6 @@ def set_up(job: PretrainDinoJob, workers: Workers) -> DINOSetup:
     Raises:
         ConfigError, DataError, WeightsError: settings, images or weights do not fit.
     """
-    views = _views(job)
     images = read_unlabelled(job.images)
     sampler = ShardedBatchSampler(
         len(images),
@@ -60,24 +58,20 @@ def set_up(job: PretrainDinoJob, workers: Workers) -> DINOSetup:
         kept,
         partial(random_square, side=job.crops.source_side),
         sampler=sampler,
-        options=LoaderOptions(
-            num_workers=num_loaders(job.loader_workers),
-            device_type=workers.device.type,
-            max_bad_fraction=job.max_bad_fraction,
-        ),
+        config=job,
+        device_type=workers.device.type,
     )
     total_steps = job.epochs * len(sampler)
     task = DINOTask(
         objective=objective,
         loader=loader,
-        views=views,
+        crops=job.crops,
         teacher_temp=partial(teacher_temp_at, job),
         teacher_momentum=partial(
             schedules.cosine, start=job.dino.teacher_momentum, end=1.0, total_steps=total_steps
         ),
         workers=workers,
         seed=job.seed,
-        freeze_last_layer=job.dino.freeze_last_layer,
         accumulate=job.optim.accumulate,
     )
     return DINOSetup(
@@ -99,16 +93,9 @@ def build_objective(job: PretrainDinoJob, weights: Weights | None) -> DINOObject
     torch.manual_seed(job.seed)
     student = DINONetwork(
         build_vit(job.model.name, drop_path=job.model.drop_path, weights=weights),
-        num_prototypes=job.dino.out_dim,
-        hidden_dim=job.dino.hidden_dim,
-        bottleneck_dim=job.dino.bottleneck_dim,
-        norm_last_layer=job.dino.norm_last_layer,
+        job.dino,
     )
-    objective = DINOObjective(
-        student,
-        student_temp=job.dino.student_temp,
-        center_momentum=job.dino.center_momentum,
-    )
+    objective = DINOObjective(student, job.dino)
     if job.compile:
         # Neither network is called as a whole: what takes the time are the blocks.
         for network in (objective.student, objective.teacher):
@@ -132,19 +119,6 @@ def _starting_weights(job: PretrainDinoJob) -> Weights | None:
         return None
     is_file = os.sep in job.init or job.init.endswith((".safetensors", *PICKLED))
     return load_weights(job.model.name if is_file else job.init, job.init if is_file else None)
-
-
-def _views(job: PretrainDinoJob) -> MultiCropOptions:
-    crops = job.crops
-    return MultiCropOptions(
-        num_local=crops.num_local,
-        global_size=crops.global_size,
-        local_size=crops.local_size,
-        global_scale=crops.global_scale,
-        local_scale=crops.local_scale,
-        jitter_prob=crops.jitter_prob,
-        gray_prob=crops.gray_prob,
-    )
 
 
 def _loop_state(job: PretrainDinoJob, objective: DINOObjective, workers: Workers) -> LoopState:

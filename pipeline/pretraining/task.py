@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.config.pretraining import CropsConfig, DINOConfig
 from pipeline.data.loader import Batch, BatchLoader
 from pipeline.data.seeding import key_of
 from pipeline.losses.dino import Center, dino_loss
 from pipeline.pretraining.network import DINONetwork
-from pipeline.pretraining.views import MultiCropOptions, draw_views, make_views
+from pipeline.pretraining.views import draw_views, make_views
 from pipeline.training.loop import Losses, Part, StepKey
 from pipeline.training.workers import Workers
 
@@ -40,14 +41,12 @@ class Crops(NamedTuple):
 class DINOObjective(nn.Module):
     """Student, teacher and centre: all that a run consists of; only the student is trained."""
 
-    def __init__(
-        self, student: DINONetwork, *, student_temp: float = 0.1, center_momentum: float = 0.9
-    ) -> None:
+    def __init__(self, student: DINONetwork, config: DINOConfig) -> None:
         super().__init__()
         self.student = student
         self.teacher = copy.deepcopy(student).requires_grad_(False)
-        self.center = Center(student.num_prototypes, momentum=center_momentum)
-        self.student_temp = student_temp
+        self.center = Center(student.num_prototypes, momentum=config.center_momentum)
+        self.config = config
 
     def train(self, mode: bool = True) -> "DINOObjective":
         """The teacher never trains."""
@@ -70,7 +69,7 @@ class DINOObjective(nn.Module):
             student_VBK,
             teacher_GBK,
             self.center.center_K,
-            student_temp=self.student_temp,
+            student_temp=self.config.student_temp,
             teacher_temp=teacher_temp,
         )
         return {
@@ -96,7 +95,7 @@ class DINOTask:
 
     objective: DINOObjective
     loader: BatchLoader
-    views: MultiCropOptions
+    crops: CropsConfig
     teacher_temp: Callable[[int], float]
     """Of an epoch."""
 
@@ -105,9 +104,6 @@ class DINOTask:
 
     workers: Workers
     seed: int
-    freeze_last_layer: int = 1
-    """Epochs in which the prototypes do not learn."""
-
     accumulate: int = 1
     _epoch: int = 0
 
@@ -126,13 +122,13 @@ class DINOTask:
         drawn = draw_views(
             batch.num_global,
             (images_B3HW.shape[2], images_B3HW.shape[3]),
-            self.views,
+            self.crops,
             torch.Generator().manual_seed(key_of("views", self.seed, key.step)),
         )
         parts, first = [], batch.first
         for part_B3HW in images_B3HW.tensor_split(min(self.accumulate, len(images_B3HW))):
             mine = drawn.rows(first, len(part_B3HW))
-            crops = Crops(*make_views(part_B3HW, mine, self.views))
+            crops = Crops(*make_views(part_B3HW, mine, self.crops))
             names = batch.names[first - batch.first :][: len(part_B3HW)]
             parts.append(Part(crops, len(part_B3HW), batch.num_global, names))
             first += len(part_B3HW)
@@ -151,7 +147,7 @@ class DINOTask:
 
     def before_update(self, key: StepKey) -> None:
         """Early prototypes would follow noise (section 3.2 of the paper's code: epoch 1)."""
-        if key.epoch < self.freeze_last_layer:
+        if key.epoch < self.objective.config.freeze_last_layer:
             for weight in self.objective.student.head.last_layer.parameters():
                 weight.grad = None
 

@@ -12,7 +12,7 @@ the sides log-uniform, up to ten tries for a box that lies inside the image, els
 central box of a legal ratio. Here all ten are drawn, whether they are needed or not, so that the
 draws of one crop do not depend on another's.
 
-To add a step: its numbers to ``MultiCropOptions``, its draws to ``Views`` and ``draw_views``, its
+To add a step: its numbers to ``CropsConfig``, its draws to ``Views`` and ``draw_views``, its
 function to ``batch_images.py``, its turn in ``_make``.
 
 Shape letters:  B images   V views of an image, the global ones first   T tries   H, W rows and
@@ -29,7 +29,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from pipeline.errors import ConfigError
+from pipeline.config.pretraining import CropsConfig
 from pipeline.pretraining.batch_images import (
     adjust_brightness,
     adjust_contrast,
@@ -95,90 +95,6 @@ def _central_box(size: tuple[int, int], ratio: tuple[float, float]) -> Tensor:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class MultiCropOptions:
-    """How views are drawn; defaults of DINO.
-
-    Raises:
-        ConfigError: a value outside its legal range.
-    """
-
-    num_local: int = 8
-    """Local views beside the two global ones."""
-
-    global_size: int = 224
-    """Side in pixels of a global view."""
-
-    local_size: int = 96
-    """Side in pixels of a local view."""
-
-    global_scale: tuple[float, float] = (0.4, 1.0)
-    """Share of the image's area that a global view shows."""
-
-    local_scale: tuple[float, float] = (0.05, 0.4)
-    """Share of the image's area that a local view shows."""
-
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Width divided by height of what a view shows."""
-
-    hflip: float = 0.5
-    """Probability of a mirrored view."""
-
-    jitter_prob: float = 0.8
-    """Probability that the four adjustments below are made, in random order."""
-
-    brightness: float = 0.4
-    """Factors lie in [1 - brightness, 1 + brightness]; contrast and saturation likewise."""
-
-    contrast: float = 0.4
-    saturation: float = 0.2
-
-    hue: float = 0.1
-    """Hues turn by up to this share of the colour circle either way."""
-
-    gray_prob: float = 0.2
-    """Probability of a view without colours."""
-
-    blur_prob: tuple[float, float, float] = (1.0, 0.1, 0.5)
-    """Of the first global view, the second, and each local one; ``solarize_prob`` likewise."""
-
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
-    """Standard deviation of the blur in pixels of the view."""
-
-    solarize_prob: tuple[float, float, float] = (0.0, 0.2, 0.0)
-
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-
-    def __post_init__(self) -> None:
-        """Check every number; ranges that follow from another one are checked with it."""
-        for name in ("global_size", "local_size"):
-            _check(name, getattr(self, name) >= 1, "at least 1", getattr(self, name))
-        _check("num_local", self.num_local >= 0, "at least 0", self.num_local)
-        for name in ("global_scale", "local_scale"):
-            low, high = getattr(self, name)
-            _check(name, 0 < low <= high <= 1, "an ascending pair in (0, 1]", (low, high))
-        for name in ("ratio", "blur_sigma"):
-            low, high = getattr(self, name)
-            _check(name, 0 < low <= high < math.inf, "an ascending positive pair", (low, high))
-        for name in ("hflip", "jitter_prob", "gray_prob", "blur_prob", "solarize_prob"):
-            value = getattr(self, name)
-            chances = value if isinstance(value, tuple) else (value,)
-            _check(name, all(0 <= chance <= 1 for chance in chances), "in [0, 1]", value)
-        for name in ("brightness", "contrast", "saturation"):
-            value = getattr(self, name)
-            _check(name, 0 <= value < math.inf, "at least 0", value)
-        _check("hue", 0 <= self.hue <= 0.5, "in [0, 0.5]", self.hue)
-        _check("std", all(value > 0 for value in self.std), "positive", self.std)
-
-
-def _check(name: str, legal: bool, expected: str, found: object) -> None:
-    if not legal:
-        raise ConfigError(f"{name} must be {expected}, got {found}: change it")
-
-
-__all__ = ["NUM_GLOBAL", "MultiCropOptions", "Views", "draw_views", "make_views"]
-
 NUM_GLOBAL = 2
 
 _ADJUSTMENTS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
@@ -240,7 +156,7 @@ class Views:
 def draw_views(
     num_images: int,
     size: tuple[int, int],
-    options: MultiCropOptions,
+    config: CropsConfig,
     generator: torch.Generator,
 ) -> Views:
     """Every random number of all views of a batch.
@@ -248,11 +164,11 @@ def draw_views(
     Args:
         num_images: of the whole batch, whichever part of it is made here.
         size: height and width of the images in pixels.
-        options: how often and how far views may differ.
+        config: how often and how far views may differ.
         generator: of the CPU, so that the numbers do not depend on the device.
     """
-    num_views = NUM_GLOBAL + options.num_local
-    scales = [options.global_scale] * NUM_GLOBAL + [options.local_scale] * options.num_local
+    num_views = NUM_GLOBAL + config.num_local
+    scales = [config.global_scale] * NUM_GLOBAL + [config.local_scale] * config.num_local
     shape = (num_images, num_views)
 
     def coins(probability: float | Tensor) -> Tensor:
@@ -260,33 +176,33 @@ def draw_views(
 
     def per_view(probability: tuple[float, float, float]) -> Tensor:
         first, second, local = probability
-        return torch.tensor([first, second, *[local] * options.num_local])
+        return torch.tensor([first, second, *[local] * config.num_local])
 
     def uniform(low: Tensor | float, high: Tensor | float, *last: int) -> Tensor:
         return low + (high - low) * torch.rand((*shape, *last), generator=generator)
 
-    reach = torch.tensor([options.brightness, options.contrast, options.saturation, options.hue])
+    reach = torch.tensor([config.brightness, config.contrast, config.saturation, config.hue])
     usual = torch.tensor([1.0, 1.0, 1.0, 0.0])
     lowest = torch.cat([(usual - reach)[:3].clamp(min=0), -reach[3:]])
     return Views(
         size=size,
         box_BV4=draw_boxes(
-            num_images, torch.tensor(scales), size=size, ratio=options.ratio, generator=generator
+            num_images, torch.tensor(scales), size=size, ratio=config.ratio, generator=generator
         ),
-        flip_BV=coins(options.hflip),
-        jitter_BV=coins(options.jitter_prob),
+        flip_BV=coins(config.hflip),
+        jitter_BV=coins(config.jitter_prob),
         factor_BV4=uniform(lowest, usual + reach, 4),
         order_BV4=torch.rand((*shape, 4), generator=generator).argsort(dim=2),
-        gray_BV=coins(options.gray_prob),
-        blur_BV=coins(per_view(options.blur_prob)),
-        sigma_BV=uniform(*options.blur_sigma),
-        solarize_BV=coins(per_view(options.solarize_prob)),
+        gray_BV=coins(config.gray_prob),
+        blur_BV=coins(per_view(config.blur_prob)),
+        sigma_BV=uniform(*config.blur_sigma),
+        solarize_BV=coins(per_view(config.solarize_prob)),
     )
 
 
 @torch.no_grad()
 def make_views(
-    images_B3HW: Tensor, views: Views, options: MultiCropOptions
+    images_B3HW: Tensor, views: Views, config: CropsConfig
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Two global and ``num_local`` local views, ``(B, 3, S, S)`` float32 on the images' device.
 
@@ -295,28 +211,28 @@ def make_views(
     Args:
         images_B3HW: uint8, or float in [0, 255].
         views: what ``draw_views`` drew for these images.
-        options: those that the views were drawn with.
+        config: what they were drawn with.
 
     Raises:
         ValueError: the views were drawn for other images.
     """
     expected = (len(views), 3, *views.size)
-    if images_B3HW.shape != expected or views.flip_BV.shape[1] != NUM_GLOBAL + options.num_local:
+    if images_B3HW.shape != expected or views.flip_BV.shape[1] != NUM_GLOBAL + config.num_local:
         raise ValueError(
             f"images must be {expected} with {views.flip_BV.shape[1]} views as drawn, "
-            f"got {tuple(images_B3HW.shape)} with {NUM_GLOBAL + options.num_local}"
+            f"got {tuple(images_B3HW.shape)} with {NUM_GLOBAL + config.num_local}"
         )
     with torch.autocast(images_B3HW.device.type, enabled=False):
         images_B3HW = images_B3HW.float() / 255
-        last = NUM_GLOBAL + options.num_local
-        global_VB3SS = _make(images_B3HW, views.flat(0, NUM_GLOBAL), options.global_size, options)
+        last = NUM_GLOBAL + config.num_local
+        global_VB3SS = _make(images_B3HW, views.flat(0, NUM_GLOBAL), config.global_size, config)
         if last == NUM_GLOBAL:
             return [*global_VB3SS], []
-        local_VB3SS = _make(images_B3HW, views.flat(NUM_GLOBAL, last), options.local_size, options)
+        local_VB3SS = _make(images_B3HW, views.flat(NUM_GLOBAL, last), config.local_size, config)
     return [*global_VB3SS], [*local_VB3SS]
 
 
-def _make(images_B3HW: Tensor, view: Views, size: int, options: MultiCropOptions) -> Tensor:
+def _make(images_B3HW: Tensor, view: Views, size: int, config: CropsConfig) -> Tensor:
     """Several views of every image in one go: a GPU's time goes into the number of operations.
 
     Returns:
@@ -328,12 +244,12 @@ def _make(images_B3HW: Tensor, view: Views, size: int, options: MultiCropOptions
             due_B = view.jitter_BV & (view.order_BV4[:, turn] == number)
             _change_some(made_B3SS, due_B, adjust, view.factor_BV4[:, number])
     _change_some(made_B3SS, view.gray_BV, to_gray)
-    radius = math.ceil(_BLUR_REACH * options.blur_sigma[1])
+    radius = math.ceil(_BLUR_REACH * config.blur_sigma[1])
     _change_some(
         made_B3SS, view.blur_BV, lambda some, sigma: _blur(some, sigma, radius), view.sigma_BV
     )
     _change_some(made_B3SS, view.solarize_BV, solarize)
-    mean, std = (made_B3SS.new_tensor(rgb)[:, None, None] for rgb in (options.mean, options.std))
+    mean, std = (made_B3SS.new_tensor(rgb)[:, None, None] for rgb in (config.mean, config.std))
     made_B3SS.sub_(mean).div_(std)
     return made_B3SS.reshape(-1, len(images_B3HW), 3, size, size)
 

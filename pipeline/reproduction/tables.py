@@ -12,10 +12,10 @@ in ``TABLES``, its name in config/reproduction.py.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Literal
 
 from pipeline.config.detection import presets as detector_presets
 from pipeline.config.presets import merged, presets
+from pipeline.config.reproduction import TableRecipe, TableScale
 from pipeline.errors import ConfigError
 from pipeline.reproduction import published_figures
 from pipeline.reproduction.backbones import BACKBONES
@@ -46,8 +46,8 @@ class TableSize:
         recipe: at the paper's: as its released code trains, as its text says, or our default.
     """
 
-    scale: Literal["paper", "small"] = "paper"
-    recipe: Literal["sane", "reference", "paper"] = "reference"
+    scale: TableScale = "paper"
+    recipe: TableRecipe = "reference"
 
 
 _MODELS = {"cvt": "CvT-13", "swin": "Swin-T", "t2t": "T2T-ViT-14", "resnet50": "ResNet-50"}

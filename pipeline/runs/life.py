@@ -1,15 +1,14 @@
 """What every training run goes through, whatever it learns: its tracker, its past, its end.
 
 Rank 0 alone writes; all read the same folder. A kind of run is a ``TrainingRun`` with its own
-``kind``, ``look`` and ``finish`` (classification/run.py, pretraining/run.py).
+``set_up``, ``telling``, ``look`` and ``finish`` (classification/run.py, pretraining/run.py); which
+kinds there are stands in kinds.py.
 """
 
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.config import TrainingJob, flatten
@@ -59,21 +58,52 @@ class Setup(Protocol):
         """Of the loop."""
 
 
-@dataclass
+@dataclass(frozen=True)
+class Telling:
+    """What a kind of run tells of itself."""
+
+    lines: Iterable[str]
+    """For people, before it trains."""
+
+    data: Mapping[str, Any]
+    """Tags ``data.NAME`` of MLflow."""
+
+    shown: Callable[[Sequence[Epoch]], str]
+    """The last epoch of a history, for people."""
+
+
 class TrainingRun:
-    """A run while it trains: what happens after each epoch, and at the end."""
+    """A run on one worker: its past, what happens after each epoch, and its end."""
 
     job: Any
-    folder: RunFolder
-    workers: Workers
-    outside: Outside
     setup: Any
     """A ``Setup``; each kind knows its own."""
 
-    record: RunRecord | None
-    """Of rank 0 alone."""
+    def __init__(
+        self, job: TrainingJob, folder: RunFolder, workers: Workers, outside: Outside
+    ) -> None:
+        self.job = job
+        self.folder = folder
+        self.workers = workers
+        self.outside = outside
+        self.record: RunRecord | None = None
+        """Of rank 0 alone."""
 
-    _began: float = field(default=0.0, init=False)
+        self._began = 0.0
+
+    def set_up(self) -> Any:
+        """The ``Setup`` that the job describes, the same on every worker; what else can be wrong
+        with a run that begins or goes on is told here too.
+        """
+        raise NotImplementedError
+
+    def telling(self) -> Telling:
+        """What is told of the run before it trains, and after each epoch."""
+        raise NotImplementedError
+
+    def tags(self) -> dict[str, str]:
+        """By which the runs of the kind are found in MLflow, beside those of every kind."""
+        return {}
 
     def look(self, epoch: int, numbers: dict[str, float]) -> float | None:
         """Add to an epoch's numbers what is measured after it; the score the best one is kept by,
@@ -82,7 +112,7 @@ class TrainingRun:
         raise NotImplementedError
 
     def finish(self, tracker: Tracker) -> dict[str, Any]:
-        """Write the results; the summary that also lies in the folder."""
+        """Write the results, on rank 0; the summary that then also lies in the folder."""
         raise NotImplementedError
 
     def hooks(self) -> Hooks:
@@ -92,15 +122,65 @@ class TrainingRun:
             on_step=self.record.on_step if self.record else lambda key, num_images: None,
         )
 
-    def train(self) -> dict[str, Any]:
-        """Go on from where the folder's checkpoints end, to the end; the summary."""
+    def run(self) -> dict[str, Any]:
+        """Train until the last epoch, from where the folder's checkpoints end.
+
+        A finished run is not trained again: its results are told, and sent to MLflow, once more.
+
+        Returns:
+            The summary that also lies in the folder.
+
+        Raises:
+            PatchseedError: as errors.py lists; finished epochs are kept.
+        """
+        finished = self.workers.from_first(self.folder.summary() if self.workers.is_first else None)
+        if finished is not None:
+            if self.workers.is_first:
+                self._tell_again(finished)
+            self.outside.report(finished["metrics"])
+            return dict(finished)
+        self.setup = self.set_up()
+        if self.workers.is_first:
+            self.record = self._open_record(self.telling())
+        return self._train()
+
+    def _tell_again(self, finished: Mapping[str, Any]) -> None:
+        self.outside.tell(f"{self.folder.place} is finished already: these are its results")
+        with open_job_tracker(self.job, self.folder, again=True) as tracker:
+            log_settings(tracker, self.job, self.tags())
+            tracker.set_tags(_data_tags(finished))
+            log_history(tracker, self.folder.history())
+            log_results(tracker, self.folder, finished)
+
+    def _open_record(self, telling: Telling) -> RunRecord:
+        """Tell what is about to be trained, here and to MLflow."""
+        for line in telling.lines:
+            self.outside.tell(line)
+        tracker = open_job_tracker(self.job, self.folder)
+        log_settings(tracker, self.job, self.tags())
+        tracker.set_tags({f"data.{name}": str(value) for name, value in telling.data.items()})
+        setup: Setup = self.setup
+        return RunRecord(
+            folder=self.folder,
+            tracker=tracker,
+            tell=self.outside.tell,
+            num_epochs=setup.settings.num_epochs,
+            steps_per_epoch=setup.task.steps_per_epoch,
+            every_s=self.job.progress_seconds,
+            shown=telling.shown,
+        )
+
+    def _train(self) -> dict[str, Any]:
         setup: Setup = self.setup
         with self.record.tracker if self.record else NoTracker() as tracker:
             last = setup.settings.num_epochs
             go_back_to_latest(self.folder, setup.state, last, self.workers, self.record)
             self._began = time.monotonic()
             train(setup.task, setup.state, setup.settings, self.workers, self.hooks())
-            return self.finish(tracker)
+            summary = self.finish(tracker)
+            self.workers.wait()
+            self.outside.report(summary["metrics"])
+            return summary
 
     def _after_epoch(self, epoch: int, numbers: dict[str, float]) -> None:
         """Measure, tell, and write a checkpoint."""
@@ -113,6 +193,13 @@ class TrainingRun:
             self.folder.checkpoints.save(epoch, state, score=score)
         self.outside.report(numbers)
 
+    def last_numbers(self, told: Callable[[str], bool]) -> dict[str, float]:
+        """``NAME_last`` of the last epoch's numbers that are to be told, on every worker."""
+        last = self.record.history[-1] if self.record is not None else {}
+        found = {f"{name}_last": value for name, value in last.items() if told(name)}
+        of_first: dict[str, float] = self.workers.from_first(found)
+        return of_first
+
     def publish(
         self, summary: Mapping[str, Any], figures: Mapping[str, bytes], tracker: Tracker
     ) -> None:
@@ -120,91 +207,39 @@ class TrainingRun:
         for name, picture in figures.items():
             self.folder.place.child("figures").child(f"{name}.png").write_bytes(picture)
         self.folder.write_json("summary.json", dict(summary))
-        log_results(tracker, summary, figures)
-        for file in self.folder.place.child("model").files():
-            tracker.log_artifact_bytes(file.read_bytes(), f"model/{file.name}")
+        log_results(tracker, self.folder, summary)
 
 
-@dataclass(frozen=True)
-class Telling:
-    """What a kind of run tells of itself."""
-
-    tags: Mapping[str, str]
-    """By which its MLflow runs are found."""
-
-    lines: Iterable[str]
-    """For people, before it trains."""
-
-    data: Mapping[str, Any]
-    """Tags ``data.NAME`` of MLflow."""
-
-    shown: Callable[[Sequence[Epoch]], str]
-    """The last epoch of a history, for people."""
+def _data_tags(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What the run's ``Telling`` called ``data``, from the summary of any kind of run."""
+    data = dict(summary.get("data", {}))
+    if "num_images" in summary:
+        data["num_images"] = summary["num_images"]
+    for number, labels in enumerate(summary.get("labels", [])):
+        data[f"manifest_sha256.{number}"] = labels["manifest_sha256"]
+    return {f"data.{name}": value for name, value in data.items()}
 
 
-def open_record(
-    job: TrainingJob, folder: RunFolder, setup: Setup, outside: Outside, telling: Telling
-) -> RunRecord:
-    """Tell what is about to be trained, here and to MLflow; the record of its epochs."""
-    for line in telling.lines:
-        outside.tell(line)
-    tracker = open_job_tracker(job, folder)
-    log_settings(tracker, job, telling.tags)
-    tracker.set_tags({f"data.{name}": str(value) for name, value in telling.data.items()})
-    return RunRecord(
-        folder=folder,
-        tracker=tracker,
-        tell=outside.tell,
-        num_epochs=setup.settings.num_epochs,
-        steps_per_epoch=setup.task.steps_per_epoch,
-        every_s=job.progress_seconds,
-        shown=telling.shown,
-    )
-
-
-def finished_results(
-    job: TrainingJob,
-    folder: RunFolder,
-    workers: Workers,
-    outside: Outside,
-    tags: Mapping[str, str],
-) -> dict[str, Any] | None:
-    """The summary of a run that is finished, told and sent to MLflow once more; else None."""
-    finished = workers.from_first(folder.summary() if workers.is_first else None)
-    if finished is None:
-        return None
-    if workers.is_first:
-        outside.tell(f"{folder.place} is finished already: these are its results")
-        with open_job_tracker(job, folder) as tracker:
-            log_settings(tracker, job, tags)
-            latest = folder.checkpoints.latest()
-            if latest is not None:
-                log_history(tracker, latest.state["history"])
-            log_results(tracker, finished, {})
-    outside.report(finished["metrics"])
-    return dict(finished)
-
-
-def open_job_tracker(job: TrainingJob, folder: RunFolder) -> Tracker:
-    """The MLflow run of the job's run folder."""
+def open_job_tracker(job: TrainingJob, folder: RunFolder, *, again: bool = False) -> Tracker:
+    """The MLflow run of the job's run folder; ``again`` says that the run is finished."""
     if job.tracking_uri == OFF:
         return NoTracker()
     name = job.run_name or run_name(job)
-    local = Path(folder.place.path) if folder.place.is_local else Path(tempfile.gettempdir())
     return open_tracker(
         folder,
         uri=job.tracking_uri,
         experiment=job.experiment,
         run_name=name,
-        spool=local / "_tracking",
+        again=again,
     )
 
 
 def log_settings(tracker: Tracker, job: TrainingJob, tags: Mapping[str, str]) -> None:
-    """All settings, and the tags by which runs are found; ``tags`` are the job's own."""
+    """All settings, and the tags by which runs are found; ``tags`` are the kind's own."""
     tracker.log_params(flatten(job.model_dump(mode="json")))
     tracker.set_tags(
         {
+            "patchseed.kind": job.kind,
             "patchseed.finished": "false",
             "patchseed.config_hash": config_hash(job.what_decides_the_weights()),
             "patchseed.run": run_name(job),
@@ -237,15 +272,14 @@ def go_back_to_latest(
     state.load_state_dict(latest.state["loop"])
     if record is not None:
         record.history[:] = latest.state["history"]
+        log_history(record.tracker, record.history)
         record.tell(f"going on after epoch {epoch + 1} of {num_epochs}")
 
 
-def summary_of(
-    job: TrainingJob, kind: str, workers: Workers, metrics: Mapping[str, float]
-) -> dict[str, Any]:
-    """What every finished run says of itself; a job adds its own."""
+def summary_of(job: TrainingJob, workers: Workers, metrics: Mapping[str, float]) -> dict[str, Any]:
+    """What every finished run says of itself; a kind adds its own."""
     return {
-        "kind": kind,
+        "kind": job.kind,
         "finished": True,
         "name": run_name(job),
         "config_hash": config_hash(job.what_decides_the_weights()),

@@ -9,7 +9,6 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from pipeline.errors import StorageError
@@ -63,7 +62,6 @@ class RunRecord:
         lines = "".join(json.dumps(one) + "\n" for one in self.history)
         try:
             self.folder.place.child(HISTORY).write_bytes(lines.encode())
-            _remember_run(self.tracker, self.folder)
         except StorageError as fault:
             _LOG.warning("the history of epoch %d is not written: %s", epoch + 1, fault)
         self.tell(f"epoch {epoch + 1}/{self.num_epochs} {self._shown()}")
@@ -89,52 +87,39 @@ class RunRecord:
 
 
 def open_tracker(
-    folder: RunFolder, *, uri: str | None, experiment: str, run_name: str, spool: Path
+    folder: RunFolder, *, uri: str | None, experiment: str, run_name: str, again: bool
 ) -> Tracker:
     """A tracker for the run; a run that goes on, or is told again, keeps its MLflow run.
 
     Args:
-        folder: remembers the id of the MLflow run.
+        folder: remembers how the MLflow run is found.
         uri: where runs are recorded; another one starts a new MLflow run.
         experiment: that it belongs to; another one starts a new MLflow run.
         run_name: of the MLflow run.
-        spool: a local folder for what cannot be delivered.
+        again: whether the run is finished.
     """
     place = {"uri": uri, "experiment": experiment}
     known = folder.read_json("tracking.json") or {}
-    same = {name: known.get(name) for name in place} == place
-    tracker = start_tracker(
-        uri,
-        experiment=experiment,
-        run_name=run_name,
-        spool=spool,
-        run_id=known.get("run_id") if same else None,
-    )
-    if not same:
-        folder.write_json("tracking.json", {**place, "run_id": None})
-    tracker.wait_for_run_id()
-    _remember_run(tracker, folder)
+    # An older folder knows an id and no tag.
+    known = known if {name: known.get(name) for name in place} == place else place
+    tracker = start_tracker(uri, experiment=experiment, run_name=run_name, known=known, again=again)
+    if known.get("tag") != tracker.tag:
+        folder.write_json("tracking.json", {**known, "tag": tracker.tag})
     return tracker
 
 
-def _remember_run(tracker: Tracker, folder: RunFolder) -> None:
-    """Note the MLflow run in the folder once the server, which may be slow, has given its id."""
-    known = folder.read_json("tracking.json")
-    if known is not None and tracker.run_id not in (None, known["run_id"]):
-        folder.write_json("tracking.json", {**known, "run_id": tracker.run_id})
-
-
-def log_results(tracker: Tracker, summary: Mapping[str, Any], figures: Mapping[str, bytes]) -> None:
-    """Send what a finished run came to."""
+def log_results(tracker: Tracker, folder: RunFolder, summary: Mapping[str, Any]) -> None:
+    """Send what a finished run came to, as it lies in its folder."""
     tracker.log_metrics(summary["metrics"])
     tracker.set_tags({"patchseed.finished": "true"})
     tracker.log_dict(summary, "summary.json")
-    for name, picture in figures.items():
-        tracker.log_artifact_bytes(picture, f"figures/{name}.png")
+    for name in ("figures", "model"):
+        for file in folder.place.child(name).files():
+            tracker.log_artifact_bytes(file.read_bytes(), f"{name}/{file.name}")
 
 
 def log_history(tracker: Tracker, history: Sequence[Epoch]) -> None:
-    """Send the numbers of all epochs again, for a tracker that may not have them."""
+    """Send the numbers of all epochs; those that the tracker's run has are not sent twice."""
     for numbers in history:
         told = {name: value for name, value in numbers.items() if name != "epoch"}
         tracker.log_metrics(told, step=int(numbers["epoch"]))

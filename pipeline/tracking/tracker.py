@@ -1,58 +1,47 @@
 """What a job tells MLflow, told so that MLflow can never stop or slow the job.
 
-    with start_tracker(None, experiment="patchseed", spool=Path("spool")) as tracker:
+    with start_tracker(None, experiment="patchseed") as tracker:
         tracker.log_params({"rule": "solost"})
         tracker.log_metrics({"images_per_second": 12.5}, step=3)
 
-A ``log_*`` call costs microseconds and never raises; two daemon threads do the rest
-(tracking/outbox.py). What MLflow does not take lies in ``spool``, and ``python -m
-pipeline.tracking.tracker SPOOL`` sends it later. Without a URI runs go to ``./mlflow.db``, and
-their artifacts to ``./mlartifacts`` beside it, both as absolute paths.
+A ``log_*`` call costs microseconds and never raises; a daemon thread does the rest
+(tracking/delivery.py). What MLflow has not taken at the end is counted in one warning, and sent by
+the same command run again: a job keeps its tracker's ``tag`` beside its results, and tells what
+lies there. Without a URI runs go to ``./mlflow.db``, and their artifacts to ``./mlartifacts``
+beside it, both as absolute paths.
 
-To record another kind of thing: add a ``log_*`` method to ``Tracker``, then make it legal and send
-it in tracking/courier.py. This file is the only one that imports MLflow.
+To record another kind of thing: add a ``log_*`` method to ``Tracker``, and send it in
+``Courier.send``. This file is the only one that imports MLflow.
 """
 
-import argparse
 import fcntl
 import json
 import logging
 import os
 import re
-import sys
-import tempfile
-import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pipeline.errors import (
-    ConfigError,
-    DataError,
-    PatchseedError,
-    StorageError,
-    one_line,
-    without_secrets,
-)
-from pipeline.tracking.courier import Courier, reason
-from pipeline.tracking.outbox import Delivery, Outbox
-from pipeline.tracking.spool import Event, Spool
+from pipeline.errors import ConfigError, without_secrets
+from pipeline.tracking.delivery import Courier, Delivery, Event, Outbox, Run
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
 OFF = "off"
 CLOSE_SECONDS = 15.0
+# Of a job that has nothing else to do than to tell again what it came to.
+AGAIN_SECONDS = 120.0
 # MLflow's own are 120 s and 7 retries: half an hour in which nothing is sent and nobody is told.
 REQUEST_SECONDS, REQUEST_RETRIES = 10, 0
 
 _SERVERS = ("http", "https")
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
-_LOG = logging.getLogger("pipeline.tracking.tracker")
 
 
 class Tracker(ABC):
@@ -62,6 +51,9 @@ class Tracker(ABC):
     ``_``, long texts are cut, a metric that is not finite becomes the tag ``not_finite.<metric>``,
     and a parameter that has another value already (after a resume) the tag ``changed.<parameter>``.
     """
+
+    tag: str | None = None
+    """By which a later tracker finds the run; None where nothing is recorded."""
 
     @property
     def run_id(self) -> str | None:
@@ -96,22 +88,12 @@ class Tracker(ABC):
         """Record bytes, such as a PNG picture, as an artifact, as they are."""
         self._record("file", lambda: {"path": artifact_path, "content": bytes(data)})
 
-    def log_file(self, path: str | Path, artifact_path: str | None = None) -> None:
-        """Record a local file as it is, under its own name if ``artifact_path`` says no other.
-
-        It is linked or copied in the background: it may be replaced afterwards, but not rewritten.
-        """
-        self._record(
-            "file",
-            lambda: {"path": artifact_path or Path(path).name, "content": Path(path).absolute()},
-        )
-
     @abstractmethod
-    def close(self, status: RunStatus = "FINISHED", timeout_s: float = CLOSE_SECONDS) -> Delivery:
+    def close(self, status: RunStatus = "FINISHED", timeout_s: float | None = None) -> Delivery:
         """End the run, wait at most ``timeout_s`` for what is on its way, say what became of it.
 
-        Events that MLflow does not have by then stay in the spool; the log names the command that
-        sends them. A second call changes nothing.
+        Events that MLflow does not have by then are counted in a warning. A second call changes
+        nothing. Without ``timeout_s`` 15 seconds are waited, 120 where a run is told again.
         """
 
     @abstractmethod
@@ -133,7 +115,7 @@ class Tracker(ABC):
 class NoTracker(Tracker):
     """Records nothing: what the URI ``off`` gives."""
 
-    def close(self, status: RunStatus = "FINISHED", timeout_s: float = CLOSE_SECONDS) -> Delivery:
+    def close(self, status: RunStatus = "FINISHED", timeout_s: float | None = None) -> Delivery:
         """An empty delivery."""
         return Delivery()
 
@@ -144,8 +126,10 @@ class NoTracker(Tracker):
 class MlflowTracker(Tracker):
     """Records in MLflow by way of an outbox; ``start_tracker`` makes it."""
 
-    def __init__(self, outbox: Outbox, courier: Courier) -> None:
-        self._outbox = outbox
+    def __init__(self, run: Run, courier: Courier) -> None:
+        self.tag = run.tag
+        self._patience = AGAIN_SECONDS if run.again else CLOSE_SECONDS
+        self._outbox = Outbox(courier)
         self._courier = courier
         self._delivery: Delivery | None = None
 
@@ -157,10 +141,10 @@ class MlflowTracker(Tracker):
         self._courier.run_known.wait(timeout_s)
         return self.run_id
 
-    def close(self, status: RunStatus = "FINISHED", timeout_s: float = CLOSE_SECONDS) -> Delivery:
+    def close(self, status: RunStatus = "FINISHED", timeout_s: float | None = None) -> Delivery:
         if self._delivery is None:
             self._record("end", lambda: {"status": status})
-            self._delivery = self._outbox.close(timeout_s)
+            self._delivery = self._outbox.close(self._patience if timeout_s is None else timeout_s)
         return self._delivery
 
     def _record(self, kind: str, make: Callable[[], Event]) -> None:
@@ -171,21 +155,23 @@ def start_tracker(
     uri: str | None,
     *,
     experiment: str,
-    spool: Path,
     run_name: str | None = None,
-    run_id: str | None = None,
+    known: Mapping[str, Any] | None = None,
     parent_run_id: str | None = None,
+    again: bool = False,
 ) -> Tracker:
     """A tracker for one run; MLflow is imported and reached in the background.
+
+    A run that is there already goes on; metrics it has at the same step are not sent again.
 
     Args:
         uri: MLflow server or database; None is ``$MLFLOW_TRACKING_URI``, else sqlite in
             ``./mlflow.db``; ``off`` records nothing.
         experiment: made where it does not exist.
-        spool: folder on a local disk for what is not delivered; each run gets its own within it.
         run_name: None lets MLflow make one up.
-        run_id: a run to go on with; where the store does not have it, a new one is made.
+        known: an earlier tracker's ``run_id`` or ``tag``, or both: its run goes on, if it is there.
         parent_run_id: the run below which this one is shown.
+        again: a finished run is told once more: files that it has are not sent, it ends as it did.
 
     Raises:
         ConfigError: MLflow 3 has no such store, or the experiment's name is empty or too long.
@@ -195,18 +181,17 @@ def start_tracker(
     uri = absolute_uri(uri)
     if not experiment.strip() or len(experiment) > 500:
         raise ConfigError(f"experiment must have 1 to 500 characters, got {experiment[:60]!r}")
-    header = {
-        "uri": without_secrets(uri),
-        "experiment": without_secrets(experiment),
-        "run_name": run_name and without_secrets(run_name)[:250],
-        "run_id": run_id,
-        "parent_run_id": parent_run_id,
-        "tracker": uuid.uuid4().hex,
-        "start_ms": time.time_ns() // 1_000_000,
-    }
-    folder = _new_spool(spool, header)
-    courier = _courier(folder, uri)
-    return MlflowTracker(Outbox(folder, courier), courier)
+    experiment, known = without_secrets(experiment), known or {}
+    run = Run(
+        experiment=experiment,
+        tag=known.get("tag") or uuid.uuid4().hex,
+        name=run_name and without_secrets(run_name)[:250],
+        run_id=known.get("run_id"),
+        parent_run_id=parent_run_id,
+        again=again,
+        artifacts=_artifacts(uri, experiment),
+    )
+    return MlflowTracker(run, Courier(run, lambda: connect(uri)))
 
 
 def absolute_tracking_uri(uri: str | None) -> str:
@@ -250,92 +235,12 @@ def absolute_uri(uri: str | None) -> str:
     return f"{parts.scheme}:///{os.path.abspath(path)}" + (f"?{options}" if options else "")
 
 
-def deliver_spool(path: Path, uri: str | None = None) -> Delivery:
-    """Send what earlier runs left in ``path``, and remove from it what MLflow took.
-
-    Args:
-        path: one run's spool, or the folder that holds several.
-        uri: where to send it; None is where each run was to be recorded.
-
-    Returns:
-        The counts over all spools; ``spooled`` counts what MLflow refused and stays on disk.
-
-    Raises:
-        ConfigError: the URI had a password, which a spool does not keep, and none was given.
-        DataError: there is no spool in ``path``.
-        StorageError: MLflow cannot be reached, or the job that writes the spool still runs.
-    """
-    path = path.absolute()
-    headers = sorted([*path.glob("run.json"), *path.glob("*/run.json")])
-    if not headers:
-        raise DataError(f"{path} holds no tracking spool: give the path that the warning named")
-    done = [_deliver_one(Spool(header.parent), uri) for header in headers]
-    delivered, spooled = sum(one.delivered for one in done), sum(one.spooled for one in done)
-    return Delivery(delivered, spooled, 0, done[-1].run_id, path)
-
-
-def main(args: Sequence[str] | None = None) -> int:
-    """Deliver a spool from the command line; the exit code is 0 when nothing is left in it."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.tracking.tracker",
-        description="Send MLflow what it could not be told.",
-    )
-    parser.add_argument("spool", type=Path, help="the folder that the job's last warning named")
-    parser.add_argument("--tracking-uri", help="another MLflow than the one the run was meant for")
-    given = parser.parse_args(args)
-    try:
-        delivery = deliver_spool(given.spool, given.tracking_uri)
-    except PatchseedError as fault:
-        sys.stderr.write(f"{type(fault).__name__}: {without_secrets(str(fault))}\n")
-        return fault.exit_code
-    sys.stdout.write(f"{delivery}\n")
-    return StorageError.exit_code if delivery.spooled else 0
-
-
-def _deliver_one(spool: Spool, uri: str | None) -> Delivery:
-    try:
-        wanted = uri or spool.header["uri"]
-        if "***@" in wanted:
-            raise ConfigError(f"give --tracking-uri: the spool keeps no password of {wanted}")
-        courier = _courier(spool, absolute_uri(wanted))
-        spool.recall()
-        _drain(courier, spool)
-    finally:
-        left = spool.close()
-    return Delivery(courier.delivered, left, 0, courier.run_id, spool.folder)
-
-
-def _drain(courier: Courier, spool: Spool) -> None:
-    while True:
-        try:
-            if not courier.deliver_next():
-                return
-        except Exception as fault:  # MLflow, its drivers and the network raise all sorts
-            if not courier.set_aside(fault, patient=False):
-                raise StorageError(
-                    f"MLflow does not take events ({reason(fault)}); {spool.num_left} are still in "
-                    f"{spool.folder}: send them again when MLflow is back"
-                ) from fault
-
-
-def _new_spool(parent: Path, header: Event) -> Spool:
-    try:
-        return Spool.create(parent, header)
-    except (OSError, StorageError) as fault:
-        elsewhere = Path(tempfile.mkdtemp(prefix="patchseed-tracking-"))
-        _LOG.warning("cannot spool to %s (%s); using %s", parent, one_line(fault), elsewhere)
-        return Spool.create(elsewhere, header)
-
-
-def _courier(spool: Spool, uri: str) -> Courier:
-    """A courier to ``uri``; new experiments of a database keep their artifacts beside it."""
-    artifacts = None
-    if urlsplit(uri).scheme not in _SERVERS:
-        beside = Path(_sqlite_file(uri) or "mlflow.db").absolute().parent
-        artifacts = str(
-            beside / "mlartifacts" / re.sub(r"[^\w.-]", "_", spool.header["experiment"])
-        )
-    return Courier(spool, lambda: connect(uri), artifacts)
+def _artifacts(uri: str, experiment: str) -> str | None:
+    """A database's new experiments keep artifacts beside it; a server knows its own place."""
+    if urlsplit(uri).scheme in _SERVERS:
+        return None
+    beside = Path(_sqlite_file(uri) or "mlflow.db").absolute().parent
+    return str(beside / "mlartifacts" / re.sub(r"[^\w.-]", "_", experiment))
 
 
 def connect(uri: str) -> tuple[Any, Any]:
@@ -399,7 +304,3 @@ def _json(values: Mapping[str, Any]) -> str:
 
 def _shown(uri: str) -> str:
     return repr(without_secrets(uri))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,13 +7,14 @@ of your own. To add an optimiser: a function, a case in ``build_optimizer``, its
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
-OptimizerKind = Literal["adamw", "sgd"]
+from pipeline.config.classification import OptimizerKind
+
 ParameterGroup = dict[str, Any]
 
 NEVER_DECAYED = (

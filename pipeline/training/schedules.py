@@ -6,9 +6,8 @@ name in ``WeightSchedule``.
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
-WeightSchedule = Literal["constant", "ramp", "ramp_decay"]
+from pipeline.config.classification import WeightSchedule
 
 
 def warmup_cosine(

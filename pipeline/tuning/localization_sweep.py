@@ -140,7 +140,7 @@ def _annotated(
     images: str, ground_truth: str, num_images: int | None
 ) -> tuple[pa.Table, list[GroundTruth], int]:
     """Annotated images with an object, in the collection's order; their annotations; how many
-    others the annotations have. Names are matched as evaluation/matching.py does.
+    others the annotations have. Names are matched as evaluation/predictions.py does.
     """
     truths = read_ground_truth(Location.parse(ground_truth))
     inputs = pa.concat_tables(list(Collection(images).chunks()))

@@ -15,12 +15,13 @@ import torch
 from pipeline.config import TrainingJob
 from pipeline.errors import ConfigError, PatchseedError, one_line
 from pipeline.runs.folder import RunFolder
+from pipeline.runs.kinds import KINDS
 from pipeline.runs.life import Outside, TrainHere
 from pipeline.storage import Location
 from pipeline.training.workers import current_workers
-from pipeline.tuning.space import OWN, Space, Values, space_of
+from pipeline.tuning.space import LOCALIZATION, OWN, Space, Values, space_of
 from pipeline.tuning.trials import Proposal, Trial, TrialStatus, finite
-from pipeline.tuning.tuned_job import TRAINED, Tree, settings_of, train_here
+from pipeline.tuning.tuned_job import Tree, settings_of
 
 ReportEpoch = Callable[[int, float], None]
 """Told the epoch from 1 and the metric so far; it may not return, where the trial is stopped."""
@@ -107,7 +108,7 @@ def run_trial(
     try:
         if space.job == OWN:
             outcome = _run_own(space, values, told)
-        elif space.job == "localization":
+        elif space.job == LOCALIZATION:
             outcome = _localize(task, space, values)
         else:
             outcome = _train(task, space, values, fit or partial(_fit_here, told=told))
@@ -193,7 +194,7 @@ def _train(task: TrialTask, space: Space, values: Values, fit: Fit) -> TrialOutc
     folder = RunFolder.of(job)
     with folder.held(job):
         watch = Watch(replace(space, run=None), folder, job.num_epochs)
-        summary = fit(job, folder, train_here(space.job), watch)
+        summary = fit(job, folder, KINDS[space.job].train_here(), watch)
     history = folder.history()
     return TrialOutcome(
         "ok",
@@ -223,7 +224,7 @@ def training_job(task: TrialTask, space: Space, values: Values) -> TrainingJob:
 def folder_of(task: TrialTask, values: Values) -> str | None:
     """The folder of a trial's training run, where it has trained an epoch."""
     space = task.space()
-    if space.job not in TRAINED:
+    if space.job not in KINDS:
         return None
     try:
         run = RunFolder.of(training_job(task, space, values))

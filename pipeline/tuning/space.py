@@ -20,11 +20,15 @@ from types import ModuleType
 from typing import Any, Literal
 
 from pipeline.errors import ConfigError, one_line
+from pipeline.runs.kinds import KINDS
 
 Values = dict[str, Any]
 """Settings by dotted name."""
 
-JOBS = ("classifier", "localization", "dino", "detector")
+LOCALIZATION = "localization"
+JOBS = (*KINDS, LOCALIZATION)
+"""What a space may be of."""
+
 OWN = "function"
 """The job of a space that brings its own ``run``."""
 

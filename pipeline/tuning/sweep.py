@@ -8,12 +8,10 @@ twice, and none is lost with the process that was killed.
 """
 
 import json
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from pipeline.config.settings import flatten
@@ -77,8 +75,7 @@ class SweepTracking:
             self.job.tracking_uri,
             experiment=self.job.experiment,
             run_name=trial.id,
-            spool=_spool(self.folder),
-            run_id=run_id,
+            known={"run_id": run_id},
             parent_run_id=parent_run_id,
         )
         tracker.log_params({**flatten(base), **trial.values})
@@ -129,8 +126,7 @@ def open_tracking(
         job.tracking_uri,
         experiment=job.experiment,
         run_name=job.run_name or folder.name,
-        spool=_spool(folder),
-        run_id=known.get("run_id"),
+        known=known,
     )
     settings = job.model_dump(mode="json", exclude={"debug", "resume"})
     parent.log_params({**settings, **{f"base.{k}": v for k, v in flatten(base).items()}})
@@ -174,10 +170,6 @@ def _children(uri: str, parent: str) -> dict[str, tuple[str, bool]]:
                 return found
     except Exception:  # MLflow, its drivers and the network raise all sorts; tracking stops nothing
         return {}
-
-
-def _spool(folder: Location) -> Path:
-    return Path(folder.path if folder.is_local else tempfile.gettempdir()) / "_tracking"
 
 
 @dataclass

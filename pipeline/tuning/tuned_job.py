@@ -1,62 +1,26 @@
 """Values of a trial -> the settings of the job they belong to, and the best ones as YAML.
 
-To tune another job: its name in ``JOBS`` of space.py, a line in ``_KINDS``, and for a training run
-one in ``TRAINED``.
+A training job is tuned where it stands in ``KINDS`` of runs/kinds.py.
 """
 
-import importlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from pipeline.config import LabelJob, PretrainDinoJob, TrainClassifierJob, TrainDetectorJob
-from pipeline.config import detection as detection_config
-from pipeline.config import presets as classifier_config
-from pipeline.config import pretraining as dino_config
+from pipeline.config import LabelJob
 from pipeline.config.presets import merged
 from pipeline.config.settings import Settings
 from pipeline.config.tuning import TuneJob
 from pipeline.data.places import absolute_places
 from pipeline.errors import ConfigError, one_line
-from pipeline.runs.life import TrainHere
-from pipeline.tuning.space import OWN, Space, Values
+from pipeline.runs.kinds import KINDS
+from pipeline.tuning.space import LOCALIZATION, OWN, Space, Values
 
 Tree = dict[str, Any]
 """Settings in their groups."""
-
-
-@dataclass(frozen=True)
-class _Kind:
-    settings: type[Settings]
-    script: str
-    presets: Callable[[], dict[str, Tree]] = dict
-
-
-_KINDS = {
-    "classifier": _Kind(TrainClassifierJob, "jobs/train_classifier.py", classifier_config.presets),
-    "dino": _Kind(PretrainDinoJob, "jobs/pretrain_dino.py", dino_config.presets),
-    "detector": _Kind(TrainDetectorJob, "jobs/train_detector.py", detection_config.presets),
-    "localization": _Kind(LabelJob, "jobs/label_images.py"),
-}
-
-TRAINED = {
-    "classifier": ("pipeline.classification.run", "train_classifier_here"),
-    "dino": ("pipeline.pretraining.run", "pretrain_dino_here"),
-    "detector": ("pipeline.detection.run", "train_detector_here"),
-}
-"""Where each job's run on one worker is found; imported late, for it takes seconds."""
-
-
-def train_here(kind: str) -> TrainHere:
-    """A job's run on one of its workers."""
-    module, name = TRAINED[kind]
-    found: TrainHere = getattr(importlib.import_module(module), name)
-    return found
 
 
 def base_of(job: TuneJob, space: Space) -> Tree:
@@ -69,8 +33,8 @@ def base_of(job: TuneJob, space: Space) -> Tree:
         if job.base or job.base_preset or job.set:
             raise ConfigError(f"--base and --set have no effect: {space.name} brings its own run")
         return {}
-    if (space.job == "localization") != (job.labels_for is not None):
-        needs = "needs" if space.job == "localization" else "takes no"
+    if (space.job == LOCALIZATION) != (job.labels_for is not None):
+        needs = "needs" if space.job == LOCALIZATION else "takes no"
         raise ConfigError(f"a sweep of the {space.job} {needs} --labels-for and --ground-truth")
     base = _as_given(job, space)
     settings = settings_of(space, base, {})
@@ -82,7 +46,8 @@ def base_of(job: TuneJob, space: Space) -> Tree:
 def _as_given(job: TuneJob, space: Space) -> Tree:
     base: Tree = {}
     if job.base_preset is not None:
-        base = _preset(job.base_preset, _KINDS[space.job].presets())
+        trained = KINDS.get(space.job)
+        base = _preset(job.base_preset, trained.presets() if trained else {})
     if job.base is not None:
         base = merged(base, _read_base(job.base))
     for text in job.set:
@@ -96,7 +61,7 @@ def _as_given(job: TuneJob, space: Space) -> Tree:
 
 
 def _require_measurable(space: Space, settings: Any) -> None:
-    if space.job in TRAINED and settings.num_workers > 1:
+    if space.job in KINDS and settings.num_workers > 1:
         raise ConfigError(
             f"the sweep says where trials run, got num_workers {settings.num_workers} in the base; "
             "leave it out, and give --trial-workers, --trial-cpus and --trial-gpus"
@@ -110,7 +75,7 @@ def _require_measurable(space: Space, settings: Any) -> None:
 
 def num_epochs(space: Space, base: Tree) -> int | None:
     """Epochs of a trial that is not stopped; None where only the space's own ``run`` knows."""
-    if space.job not in TRAINED:
+    if space.job not in KINDS:
         return None
     settings: Any = settings_of(space, base, {})
     return int(settings.num_epochs)
@@ -122,9 +87,9 @@ def settings_of(space: Space, base: Tree, values: Values) -> Settings:
     Raises:
         ConfigError: a name is unknown, or a value is out of range, alone or beside others.
     """
-    kind = _KINDS[space.job].settings
+    group: type[Settings] = LabelJob if space.job == LOCALIZATION else KINDS[space.job].job
     try:
-        return kind.model_validate(merged(base, nested(values)))
+        return group.model_validate(merged(base, nested(values)))
     except ValidationError as fault:
         raise ConfigError(
             f"the {space.job}'s settings are wrong: "
@@ -142,10 +107,11 @@ def best_yaml(space: Space, base: Tree, values: Values) -> tuple[str, str]:
     """The best settings as --config of the tuned job takes them, and the command that does."""
     if space.job == OWN:
         return yaml.safe_dump(values, sort_keys=False), ""
-    script = _KINDS[space.job].script
+    localizes = space.job == LOCALIZATION
+    script = "jobs/label_images.py" if localizes else KINDS[space.job].script
     settings = merged(base, nested(values))
     command = f"python {script} --config best.yaml"
-    if space.job == "localization":
+    if localizes:
         # Where the labels go is not what was searched.
         del settings["output"]
         command += " --output labels/"

@@ -2,6 +2,7 @@
 
 import pickle
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,18 +12,15 @@ from timm.data import create_transform
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.mixup import Mixup
 
-from pipeline.classification.augment import (
-    AugmentOptions,
-    MixOptions,
-    eval_transform,
-    mix,
-    train_transform,
-)
+from pipeline.classification.augment import eval_transform, mix, train_transform
+from pipeline.config.classification import AugmentConfig, Crop
 from pipeline.data.seeding import key_of, seeded
 from pipeline.errors import ConfigError
+from pipeline.models.features import NORMALIZATIONS
 
-PLAIN = AugmentOptions(
-    image_size=32, crop="pad", hflip=False, rand_augment=None, color_jitter=0, random_erasing=0
+CROPPED = AugmentConfig(crop="random_resized")
+PLAIN = AugmentConfig(
+    crop="pad", hflip="never", rand_augment=None, color_jitter=0, random_erasing=0
 )
 
 
@@ -31,13 +29,13 @@ def noise(width: int = 32, height: int = 32, seed: int = 0) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def pixels_of(tensor: torch.Tensor, options: AugmentOptions) -> np.ndarray:
-    mean, std = (torch.tensor(values)[:, None, None] for values in (options.mean, options.std))
+def pixels_of(tensor: torch.Tensor) -> np.ndarray:
+    mean, std = (torch.tensor(values)[:, None, None] for values in NORMALIZATIONS["imagenet"])
     return ((tensor * std + mean) * 255).round().permute(1, 2, 0).numpy()
 
 
 def test_the_same_key_gives_the_same_image_and_another_key_another() -> None:
-    transform = train_transform(AugmentOptions(image_size=32, random_erasing=1.0))
+    transform = train_transform(AugmentConfig(crop="random_resized", random_erasing=1.0), 32)
     seen = []
     for key in ((1, 2, 3), (1, 2, 3), (2, 2, 3), (1, 3, 3), (1, 2, 4)):
         with seeded(*key):
@@ -81,7 +79,7 @@ def test_a_key_is_the_same_everywhere() -> None:
 
 
 def test_random_resized_is_timms_own_transform() -> None:
-    ours = train_transform(AugmentOptions(image_size=48))
+    ours = train_transform(CROPPED, 48)
     timms = create_transform(
         48,
         is_training=True,
@@ -99,39 +97,43 @@ def test_random_resized_is_timms_own_transform() -> None:
 
 
 def test_colour_jitter_works_only_without_rand_augment() -> None:
-    def steps(options: AugmentOptions) -> set[str]:
-        return {type(step).__name__ for step in train_transform(options).transforms}  # type: ignore[attr-defined]
+    def steps(config: AugmentConfig) -> set[str]:
+        transform: Any = train_transform(config, 224)
+        return {type(step).__name__ for step in transform.transforms}
 
-    assert "ColorJitter" not in steps(AugmentOptions())
-    assert "ColorJitter" in steps(AugmentOptions(rand_augment=None))
-    assert "ColorJitter" not in steps(AugmentOptions(rand_augment=None, color_jitter=0))
+    assert "ColorJitter" not in steps(AugmentConfig())
+    assert "ColorJitter" in steps(AugmentConfig(rand_augment=None))
+    assert "ColorJitter" not in steps(AugmentConfig(rand_augment=None, color_jitter=0))
 
 
 @pytest.mark.parametrize("crop", ["random_resized", "pad"])
-@pytest.mark.parametrize("hflip", [False, True])
-def test_mirroring_happens_only_where_it_is_allowed(crop: str, hflip: bool) -> None:
+@pytest.mark.parametrize(
+    ("hflip", "mirror_safe", "mirrors"),
+    [
+        ("unless_digits", True, True),
+        ("unless_digits", False, False),
+        ("always", False, True),
+        ("never", True, False),
+    ],
+)
+def test_mirroring_happens_only_where_it_is_allowed(
+    crop: Crop, hflip: Any, mirror_safe: bool, mirrors: bool
+) -> None:
     # Light falls off to the right in every crop, whatever its place: a mirrored one would rise.
     ramp = np.broadcast_to(np.linspace(255, 60, 32).astype(np.uint8)[:, None], (32, 32, 3))
-    options = AugmentOptions(
-        image_size=32,
-        crop=crop,  # type: ignore[arg-type]
-        hflip=hflip,
-        rand_augment=None,
-        color_jitter=0,
-        random_erasing=0,
-    )
-    transform = train_transform(options)
+    config = PLAIN.model_copy(update={"crop": crop, "hflip": hflip})
+    transform = train_transform(config, 32, mirror_safe=mirror_safe)
     rising = 0
     for index in range(60):
         with seeded(index):
             middle = transform(Image.fromarray(np.ascontiguousarray(ramp)))[0, 16]
         rising += bool(middle[6] < middle[-7])
-    assert (rising > 0) is hflip
+    assert (rising > 0) is mirrors
     assert rising < 60
 
 
 def test_rand_augment_never_mirrors_a_digit() -> None:
-    text = AugmentOptions().rand_augment
+    text = AugmentConfig().rand_augment
     assert text is not None
     names = {operation.name.lower() for operation in rand_augment_transform(text).ops}
     assert not any("flip" in name or "mirror" in name for name in names)
@@ -140,18 +142,15 @@ def test_rand_augment_never_mirrors_a_digit() -> None:
 @pytest.mark.parametrize("magnitude", [0, 5, 9, 10])
 def test_every_operation_of_rand_augment_works_at_every_magnitude(magnitude: int) -> None:
     """timm keeps 0 bits at magnitude 10, which Pillow 13 refuses."""
-    options = AugmentOptions(image_size=32, crop="pad", rand_augment=f"rand-m{magnitude}-p1-inc1")
-    (step,) = (
-        s
-        for s in train_transform(options).transforms  # type: ignore[attr-defined]
-        if hasattr(s, "ops")
-    )
+    config = AugmentConfig(crop="pad", rand_augment=f"rand-m{magnitude}-p1-inc1")
+    transform: Any = train_transform(config, 32)
+    (step,) = (s for s in transform.transforms if hasattr(s, "ops"))
     for operation in step.ops:
         assert operation(noise()).size == (32, 32), operation.name
 
 
 def test_padding_moves_the_image_by_at_most_an_eighth_and_changes_no_pixel() -> None:
-    transform = train_transform(PLAIN)
+    transform = train_transform(PLAIN, 32)
     source = np.asarray(noise())
     framed = np.pad(source, ((4, 4), (4, 4), (0, 0)))
     windows = {
@@ -162,30 +161,27 @@ def test_padding_moves_the_image_by_at_most_an_eighth_and_changes_no_pixel() -> 
     places = set()
     for index in range(150):
         with seeded(index):
-            places.add(windows[pixels_of(transform(noise()), PLAIN).tobytes()])
+            places.add(windows[pixels_of(transform(noise())).tobytes()])
     assert {0, 8} <= {top for top, _ in places}
     assert {0, 8} <= {left for _, left in places}
 
 
 def test_evaluation_of_native_images_loses_no_pixel() -> None:
-    evaluated = eval_transform(PLAIN)(noise())
-    assert np.array_equal(pixels_of(evaluated, PLAIN), np.asarray(noise()))
+    evaluated = eval_transform(PLAIN, 32)(noise())
+    assert np.array_equal(pixels_of(evaluated), np.asarray(noise()))
 
 
 def test_evaluation_of_larger_images_is_timms_centre_crop() -> None:
     timms = create_transform(224, interpolation="bicubic", crop_pct=0.875)
     image = noise(300, 260)
-    assert torch.equal(eval_transform(AugmentOptions())(image), timms(image))
+    assert torch.equal(eval_transform(AugmentConfig(), 224)(image), timms(image))
 
 
 @pytest.mark.parametrize("crop", ["random_resized", "pad"])
-@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "random"])
 @pytest.mark.parametrize("size", [(32, 32), (40, 23), (1, 1)])
-def test_any_image_comes_out_in_the_size_of_the_network(
-    crop: str, interpolation: str, size: tuple[int, int]
-) -> None:
-    options = AugmentOptions(image_size=32, crop=crop, interpolation=interpolation)  # type: ignore[arg-type]
-    for transform in (train_transform(options), eval_transform(options)):
+def test_any_image_comes_out_in_the_size_of_the_network(crop: Crop, size: tuple[int, int]) -> None:
+    config = AugmentConfig(crop=crop)
+    for transform in (train_transform(config, 32), eval_transform(config, 32)):
         copy = pickle.loads(pickle.dumps(transform))
         with seeded(1):
             tensor = transform(noise(*size))
@@ -200,13 +196,13 @@ def test_any_image_comes_out_in_the_size_of_the_network(
 )
 def test_what_timm_would_skip_or_die_of_is_an_error_that_shows_the_form(text: str) -> None:
     with pytest.raises(ConfigError, match=r"rand-m9-mstd0\.5-inc1.*got") as caught:
-        train_transform(AugmentOptions(rand_augment=text))
+        train_transform(AugmentConfig(rand_augment=text), 224)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["rand-m9-mstd0.5-inc1", "rand-m15-n2-mstd1", "rand-m9-p0.3"])
 def test_timms_notation_is_understood(text: str) -> None:
-    train_transform(AugmentOptions(rand_augment=text))
+    train_transform(AugmentConfig(rand_augment=text), 224)
 
 
 def random_batch(num: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -220,77 +216,81 @@ def random_batch(num: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 def test_mixing_is_timms_with_neighbours_as_partners(
     mixup: float, cutmix: float, step: int
 ) -> None:
-    images, labels = random_batch(6)
-    mixed, targets = mix(
-        images, labels, MixOptions(num_classes=5, mixup=mixup, cutmix=cutmix), key=(1, 2, step)
+    images, targets = random_batch(6)
+    mixed, soft = mix(
+        images,
+        targets,
+        AugmentConfig(mixup=mixup, cutmix=cutmix),
+        num_classes=5,
+        key=(1, 2, step),
     )
     opposite = [0, 2, 4, 5, 3, 1]
     timms = Mixup(mixup, cutmix, prob=1.0, switch_prob=0.5, label_smoothing=0.1, num_classes=5)
     np.random.seed(key_of("mix", 1, 2, step) & 0xFFFFFFFF)
-    expected, expected_targets = timms(images[opposite], labels[opposite])
+    expected, expected_soft = timms(images[opposite], targets[opposite])
     assert torch.equal(mixed[opposite], expected)
-    assert torch.equal(targets[opposite], expected_targets)
+    assert torch.equal(soft[opposite], expected_soft)
     assert torch.equal(images, random_batch(6)[0])
 
 
 def test_mixing_draws_both_kinds_and_other_steps_draw_other_things() -> None:
-    images, labels = random_batch(2)
-    options = MixOptions(num_classes=5)
+    images, targets = random_batch(2)
+    config = AugmentConfig()
     kinds = set()
     shares = set()
     for step in range(30):
-        mixed, targets = mix(images, labels, options, key=(0, 0, step, 0))
+        mixed, soft = mix(images, targets, config, num_classes=5, key=(0, 0, step, 0))
         # CutMix takes whole pixels: each is one of the two.
         whole = (mixed == images) | (mixed == images.flip(0))
         kinds.add(bool(whole.all()))
-        shares.add(float(targets[0].max()))
+        shares.add(float(soft[0].max()))
     assert kinds == {True, False}
     assert len(shares) > 20
 
 
 @pytest.mark.parametrize("num", [1, 3, 7])
 def test_the_last_image_of_an_odd_batch_stays_itself(num: int) -> None:
-    images, labels = random_batch(num)
-    options = MixOptions(num_classes=5)
+    images, targets = random_batch(num)
+    config = AugmentConfig()
     for step in range(8):
-        mixed, targets = mix(images, labels, options, key=(0, 0, step))
+        mixed, soft = mix(images, targets, config, num_classes=5, key=(0, 0, step))
         torch.testing.assert_close(mixed[-1], images[-1])
-        assert targets[-1].argmax() == labels[-1]
-        torch.testing.assert_close(targets.sum(1), torch.ones(num))
+        assert soft[-1].argmax() == targets[-1]
+        torch.testing.assert_close(soft.sum(1), torch.ones(num))
 
 
 @pytest.mark.parametrize("num", [8, 7])
 def test_slices_of_whole_pairs_mixed_with_one_key_are_the_whole_batch_mixed(num: int) -> None:
-    images, labels = random_batch(num)
-    options = MixOptions(num_classes=5)
+    images, targets = random_batch(num)
+    config = AugmentConfig()
     for step in range(6):
-        whole = mix(images, labels, options, key=(0, 0, step))
+        whole = mix(images, targets, config, num_classes=5, key=(0, 0, step))
         parts = [
-            mix(images[part], labels[part], options, key=(0, 0, step))
+            mix(images[part], targets[part], config, num_classes=5, key=(0, 0, step))
             for part in (slice(0, 2), slice(2, 6), slice(6, num))
         ]
         assert torch.equal(torch.cat([part[0] for part in parts]), whole[0])
         assert torch.equal(torch.cat([part[1] for part in parts]), whole[1])
 
 
-def test_without_alphas_labels_are_smoothed_and_images_stay() -> None:
-    images, labels = random_batch(3)
-    options = MixOptions(num_classes=5, mixup=0, cutmix=0, label_smoothing=0.1)
-    mixed, targets = mix(images, labels, options, key=(0,))
+def test_without_alphas_targets_are_smoothed_and_images_stay() -> None:
+    images, targets = random_batch(3)
+    config = AugmentConfig(mixup=0, cutmix=0, label_smoothing=0.1)
+    mixed, soft = mix(images, targets, config, num_classes=5, key=(0,))
     assert torch.equal(mixed, images)
     expected = torch.full((3, 5), 0.02)
-    expected[torch.arange(3), labels] = 0.92
-    torch.testing.assert_close(targets, expected)
+    expected[torch.arange(3), targets] = 0.92
+    torch.testing.assert_close(soft, expected)
 
 
 def test_mixing_leaves_numpys_stream_alone_and_does_not_hear_it() -> None:
-    images, labels = random_batch(4)
-    options = MixOptions(num_classes=5)
+    images, targets = random_batch(4)
+    config = AugmentConfig()
     results = []
     for seed in (1, 2):
         np.random.seed(seed)
         expected = np.random.rand()
         np.random.seed(seed)
-        results.append(mix(images, labels, options, key=(3, 4, 5))[0])
+        results.append(mix(images, targets, config, num_classes=5, key=(3, 4, 5))[0])
         assert np.random.rand() == expected
     assert torch.equal(results[0], results[1])

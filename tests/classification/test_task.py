@@ -11,11 +11,18 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from pipeline.classification.augment import AugmentOptions, MixOptions, train_transform
+from pipeline.classification.augment import train_transform
 from pipeline.classification.setup import build_objective
 from pipeline.classification.task import ClassInputs, SupervisedTask
-from pipeline.config import ClassifierConfig, DataConfig, DRLocConfig, TrainClassifierJob
-from pipeline.data.loader import Batch, LoaderOptions, ShardedBatchSampler, train_loader
+from pipeline.config import (
+    AugmentConfig,
+    ClassifierConfig,
+    DataConfig,
+    DRLocConfig,
+    TrainClassifierJob,
+)
+from pipeline.config.settings import LoaderConfig
+from pipeline.data.loader import Batch, ShardedBatchSampler, train_loader
 from pipeline.errors import TrainingDiverged
 from pipeline.training.loop import Hooks, LoopSettings, LoopState, StepKey, train
 from pipeline.training.optim import build_optimizer, parameter_groups
@@ -53,7 +60,7 @@ class Noise:
     """Pictures of noise in four classes."""
 
     def __init__(self) -> None:
-        self.labels = np.arange(NUM_IMAGES, dtype=np.int64) % 4
+        self.targets = np.arange(NUM_IMAGES, dtype=np.int64) % 4
 
     def __len__(self) -> int:
         return NUM_IMAGES
@@ -99,11 +106,17 @@ def the_task(choice: Choice, workers: Workers = ALONE) -> SupervisedTask:
         seed=choice.seed,
         group=2,
     )
-    transform = train_transform(AugmentOptions(image_size=side, crop="pad"))
+    augment = AugmentConfig(crop="pad")
     return SupervisedTask(
         objective=objective,
-        loader=train_loader(Noise(), transform, sampler=sampler, options=LoaderOptions()),
-        mixing=MixOptions(num_classes=4),
+        loader=train_loader(
+            Noise(),
+            train_transform(augment, side),
+            sampler=sampler,
+            config=LoaderConfig(loader_workers=0),
+        ),
+        augment=augment,
+        num_classes=4,
         drloc_weight=choice.schedule or (lambda epoch: choice.weight),
         workers=workers,
         seed=choice.seed,
@@ -167,10 +180,11 @@ class Spoiling:
 def diverged(workers: Workers, accumulate: int) -> str:
     """What is told of a training that meets the spoilt picture."""
     task = the_task(Choice(model=STILL_VIT, accumulate=accumulate), workers)
-    transform = Spoiling(train_transform(AugmentOptions(image_size=32, crop="pad")))
+    transform = Spoiling(train_transform(AugmentConfig(crop="pad"), 32))
     sampler = task.loader._batch_sampler
     assert isinstance(sampler, ShardedBatchSampler)
-    task.loader = train_loader(SpoiltNoise(), transform, sampler=sampler, options=LoaderOptions())
+    config = LoaderConfig(loader_workers=0)
+    task.loader = train_loader(SpoiltNoise(), transform, sampler=sampler, config=config)
     with pytest.raises(TrainingDiverged) as complaint:
         run(task, num_epochs=1, lr=0.01, detect_anomaly=True)
     return str(complaint.value)

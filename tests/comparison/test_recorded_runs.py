@@ -46,11 +46,9 @@ def summary(seed: int = 0, weight: float = 0.0, value: float = 0.5, **more: Any)
     }
 
 
-def record(content: dict[str, Any], uri: str, folder: Path, experiment: str = "lab") -> str:
+def record(content: dict[str, Any], uri: str, experiment: str = "lab") -> str:
     """Have a tracker record the run of a summary; its MLflow id."""
-    with start_tracker(
-        uri, experiment=experiment, spool=folder / "spool", run_name=content["name"]
-    ) as tracker:
+    with start_tracker(uri, experiment=experiment, run_name=content["name"]) as tracker:
         tracker.log_params(flatten(content["config"]))
         tracker.set_tags({"patchseed.kind": content["kind"]})
         tracker.log_metrics({name: value / 2 for name, value in content["metrics"].items()}, step=1)
@@ -59,7 +57,7 @@ def record(content: dict[str, Any], uri: str, folder: Path, experiment: str = "l
         tags |= {"pair_key": content["pair_key"], "config_hash": content["config_hash"]}
         tracker.set_tags({f"patchseed.{name}": value for name, value in tags.items()})
         tracker.set_tags({"data.images_sha256": content["data"]["images_sha256"]})
-    assert tracker.close().spooled == 0
+    assert tracker.close().undelivered == 0
     assert tracker.run_id
     return tracker.run_id
 
@@ -71,7 +69,7 @@ def write(content: dict[str, Any], folder: Path) -> None:
 
 
 def test_tracked_run_is_read_back_as_it_was(mlflow_uri: str, tmp_path: Path) -> None:
-    run_id = record(summary(seed=3, weight=0.5, value=0.75), mlflow_uri, tmp_path)
+    run_id = record(summary(seed=3, weight=0.5, value=0.75), mlflow_uri)
     (found,) = read_experiment("lab", mlflow_uri)
     assert found.name == "run-3-0.5"
     assert (found.seed, found.drloc_weight, found.finished) == (3, 0.5, True)
@@ -85,7 +83,7 @@ def test_tracked_run_is_read_back_as_it_was(mlflow_uri: str, tmp_path: Path) -> 
 def test_folders_and_mlflow_give_the_same_records(mlflow_uri: str, tmp_path: Path) -> None:
     contents = [summary(seed=1), summary(weight=0.5), summary(weight=0.1, finished=False)]
     for content in contents:
-        record(content, mlflow_uri, tmp_path)
+        record(content, mlflow_uri)
         write({**content, "created_at": time.time()}, tmp_path / "runs")
     tracked, lying = read_experiment("lab", mlflow_uri), read_folders(str(tmp_path / "runs"))
     assert [one.finished for one in lying] == [True, True, False]
@@ -94,8 +92,8 @@ def test_folders_and_mlflow_give_the_same_records(mlflow_uri: str, tmp_path: Pat
 
 
 def test_runs_of_other_kinds_are_not_read(mlflow_uri: str, tmp_path: Path) -> None:
-    record(summary(), mlflow_uri, tmp_path)
-    record(summary(seed=1, kind="labels"), mlflow_uri, tmp_path)
+    record(summary(), mlflow_uri)
+    record(summary(seed=1, kind="labels"), mlflow_uri)
     assert [one.seed for one in read_experiment("lab", mlflow_uri)] == [0]
     for content in (summary(), summary(seed=1, kind="labels")):
         write(content, tmp_path / "runs")
@@ -109,10 +107,10 @@ def test_every_page_is_read_in_the_order_of_the_runs(
 ) -> None:
     monkeypatch.setattr(recorded_runs, "_PAGE", 2)
     for seed in range(5):
-        record(summary(seed=seed), mlflow_uri, tmp_path)
+        record(summary(seed=seed), mlflow_uri)
     assert [one.seed for one in read_experiment("lab", mlflow_uri)] == [0, 1, 2, 3, 4]
     for name in ("lab-1", "lab-2", "other"):
-        record(summary(), mlflow_uri, tmp_path, experiment=name)
+        record(summary(), mlflow_uri, experiment=name)
     with pytest.raises(DataError, match="Default, first, lab, lab-1, lab-2, other"):
         read_experiment("nonsense", mlflow_uri)
 
@@ -121,7 +119,7 @@ def test_more_runs_than_a_page_holds_are_all_read(mlflow_uri: str, tmp_path: Pat
     from mlflow import MlflowClient
     from mlflow.entities import Param, RunTag
 
-    record(summary(), mlflow_uri, tmp_path)
+    record(summary(), mlflow_uri)
     client = MlflowClient(tracking_uri=mlflow_uri)
     experiment = client.get_experiment_by_name("lab")
     assert experiment is not None
@@ -147,7 +145,7 @@ def test_more_runs_than_a_page_holds_are_all_read(mlflow_uri: str, tmp_path: Pat
 
 
 def test_unknown_experiment_is_told_with_the_nearest_name(mlflow_uri: str, tmp_path: Path) -> None:
-    record(summary(), mlflow_uri, tmp_path, experiment="flowers-drloc")
+    record(summary(), mlflow_uri, experiment="flowers-drloc")
     with pytest.raises(DataError, match=r"no experiment 'flower-drloc', did you mean flowers-drl"):
         read_experiment("flower-drloc", mlflow_uri)
     with pytest.raises(DataError, match=r"'first' holds no classifier runs; .*flowers-drloc"):
@@ -157,7 +155,7 @@ def test_unknown_experiment_is_told_with_the_nearest_name(mlflow_uri: str, tmp_p
 def test_deleted_experiment_is_not_read(mlflow_uri: str, tmp_path: Path) -> None:
     from mlflow import MlflowClient
 
-    record(summary(), mlflow_uri, tmp_path)
+    record(summary(), mlflow_uri)
     client = MlflowClient(tracking_uri=mlflow_uri)
     experiment = client.get_experiment_by_name("lab")
     assert experiment is not None
@@ -171,10 +169,10 @@ def test_run_that_lacks_its_seed_is_left_out_with_a_warning(
 ) -> None:
     bare = summary(seed=1)
     del bare["config"]["seed"]
-    record(bare, mlflow_uri, tmp_path)
+    record(bare, mlflow_uri)
     with pytest.raises(DataError, match="none of 1 classifier runs tells its seed"):
         read_experiment("lab", mlflow_uri)
-    record(summary(), mlflow_uri, tmp_path)
+    record(summary(), mlflow_uri)
     assert len(read_experiment("lab", mlflow_uri)) == 1
     assert "is left out: no 'seed'" in caplog.text
 
@@ -192,7 +190,7 @@ def test_reading_changes_no_row(mlflow_uri: str, tmp_path: Path) -> None:
         base.close()
         return told
 
-    record(summary(), mlflow_uri, tmp_path)
+    record(summary(), mlflow_uri)
     before = rows()
     read_experiment("lab", mlflow_uri)
     with pytest.raises(DataError):
@@ -302,7 +300,7 @@ def test_server_gives_what_its_database_gives(
 ) -> None:
     monkeypatch.setattr(recorded_runs, "_PAGE", 2)
     for seed in range(3):
-        record(summary(seed=seed, weight=0.5), server, tmp_path)
+        record(summary(seed=seed, weight=0.5), server)
     assert read_experiment("lab", server) == read_experiment("lab", mlflow_uri)
     assert [one.seed for one in read_experiment("lab", server)] == [0, 1, 2]
     with pytest.raises(DataError, match="did you mean lab"):

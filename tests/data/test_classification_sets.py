@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.config.classification import SplitConfig
 from pipeline.data.classification_sets import (
     DOWNLOADABLE,
     NAMES,
@@ -19,7 +20,6 @@ from pipeline.data.classification_sets import (
     load_classification,
 )
 from pipeline.data.labelled_images import ArrayImages, Parts
-from pipeline.data.splits import SplitRule
 from pipeline.errors import ConfigError, DataError
 from tests.data.labelled import flat, greys, names, plant_classes
 from tests.data.pictures import encode, noise
@@ -27,8 +27,11 @@ from tests.data.pictures import encode, noise
 TRAIN_AND_VAL = {"train/a": 20, "train/b": 10, "val/a": 3, "val/b": 2}
 
 
-def load(root: Path, name: str = "folder", **knobs: float | None) -> ClassificationData:
-    data = load_classification(name, str(root), rule=SplitRule(**knobs))  # type: ignore[arg-type]
+def load(
+    root: Path, name: str = "folder", *, seed: int = 0, **knobs: float | None
+) -> ClassificationData:
+    split = SplitConfig.model_validate(knobs)
+    data = load_classification(name, str(root), split=split, seed=seed)
     again = pickle.loads(pickle.dumps(data))
     assert again.describe() == data.describe()
     json.dumps(data.describe())
@@ -41,8 +44,8 @@ def test_validation_split_without_a_test_split_is_the_test_set(tmp_path: Path) -
         "val/b/0.png",
         "val/b/1.png",
     ]
-    assert np.bincount(data.validation.labels).tolist() == [2, 1]
-    assert np.bincount(data.train.labels).tolist() == [18, 9]
+    assert np.bincount(data.validation.targets).tolist() == [2, 1]
+    assert np.bincount(data.train.targets).tolist() == [18, 9]
     assert not set(names(data.train)) & set(names(data.validation))
     assert data.selected_on == "validation"
     assert data.classes == ("a", "b")
@@ -79,7 +82,7 @@ def test_few_labels_take_the_same_images_at_any_place(tmp_path: Path) -> None:
     copy = shutil.copytree(root, tmp_path / "other" / "copy")
     few, more = load(root, train_per_class=3), load(copy, train_per_class=6)
     assert set(names(few.train)) < set(names(more.train))
-    assert np.bincount(few.train.labels).tolist() == [3, 3]
+    assert np.bincount(few.train.targets).tolist() == [3, 3]
     assert names(few.validation) == names(more.validation)
     assert load(copy, train_per_class=3).describe() == few.describe()
 
@@ -212,7 +215,7 @@ def test_settings_that_cannot_be_are_refused(
     name: str, root: str, download: bool, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        load_classification(name, root, download=download)
+        load_classification(name, root, split=SplitConfig(), download=download)
 
 
 def test_single_class_is_refused(tmp_path: Path) -> None:
@@ -227,8 +230,8 @@ def test_names_are_those_of_the_paper_and_two_more() -> None:
 
 def test_flowers17_from_end_to_end(shared: Path) -> None:
     data = load(shared / "data" / "flowers17", train_per_class=10)
-    assert np.bincount(data.train.labels).tolist() == [10] * 17
-    assert np.bincount(data.validation.labels).tolist() == [6] * 17
+    assert np.bincount(data.train.targets).tolist() == [10] * 17
+    assert np.bincount(data.validation.targets).tolist() == [6] * 17
     assert data.test is not None
     assert len(data.test) == 340
     assert data.native_size == 192

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data.classification_sets import DOMAINS, WNIDS, read_domain
+from pipeline.config.classification import DOMAINS
+from pipeline.data.classification_sets import WNIDS, read_domain
 from pipeline.errors import DataError
 from tests.data.labelled import greys, names, plant_classes
 
@@ -24,11 +25,11 @@ def plant(root: Path, train: Sequence[str] = TRAIN, test: Sequence[str] = TEST) 
 def test_labels_and_names_are_those_of_the_lists(tmp_path: Path) -> None:
     parts = read_domain(plant(tmp_path), "sketch")
     assert parts.classes == ("Axe", "tree", "t-shirt")
-    assert parts.train.labels.tolist() == [0, 1, 1]
+    assert parts.train.targets.tolist() == [0, 1, 1]
     assert names(parts.train) == [line.split()[0] for line in TRAIN]
     assert greys(parts.train) == [1, 3, 4]
     assert parts.test is not None
-    assert (parts.test.labels.tolist(), greys(parts.test)) == ([2, 0], [5, 2])
+    assert (parts.test.targets.tolist(), greys(parts.test)) == ([2, 0], [5, 2])
     assert parts.validation is None
 
 

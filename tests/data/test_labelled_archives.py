@@ -37,7 +37,7 @@ def test_archive_gives_what_the_folder_gives(tmp_path: Path, name: str, inside: 
         assert ours is not None
         assert theirs is not None
         assert greys(ours) == greys(theirs)
-        assert ours.labels.tolist() == theirs.labels.tolist()
+        assert ours.targets.tolist() == theirs.targets.tolist()
         prefix = inside.removeprefix("./")
         assert names(ours) == [f"{prefix}{name}" for name in names(theirs)]
 
@@ -86,7 +86,7 @@ def test_archive_without_classes_is_refused(tmp_path: Path) -> None:
 def test_cifar10_archive_has_every_image_in_its_class(shared: Path) -> None:
     parts = read_archive(str(shared / "data" / "cifar10_images.tar.gz"))
     assert parts.test is not None
-    assert np.bincount(parts.train.labels).tolist() == [5000] * 10
-    assert np.bincount(parts.test.labels).tolist() == [1000] * 10
+    assert np.bincount(parts.train.targets).tolist() == [5000] * 10
+    assert np.bincount(parts.test.targets).tolist() == [1000] * 10
     assert parts.test.name(0) == "test/airplane/0000.jpg"
     assert {parts.train.image(index).size for index in range(0, 50_000, 5_000)} == {(32, 32)}

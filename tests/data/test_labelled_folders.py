@@ -19,7 +19,7 @@ def test_classes_and_labels_are_those_of_torchvision(tmp_path: Path) -> None:
     parts = read_folder(str(tmp_path))
     assert list(parts.classes) == theirs.classes == ["1", "10", "2", "B", "a", "é ü"]
     expected = {os.path.relpath(path, tmp_path): label for path, label in theirs.samples}
-    assert dict(zip(names(parts.train), parts.train.labels.tolist(), strict=True)) == expected
+    assert dict(zip(names(parts.train), parts.train.targets.tolist(), strict=True)) == expected
     assert parts.test is parts.validation is None
     assert parts.notes == ()
 
@@ -50,7 +50,7 @@ def test_split_without_a_class_keeps_the_labels_of_train(tmp_path: Path) -> None
     plant_classes(tmp_path, {"train/a": 1, "train/b": 1, "train/c": 1, "test/b": 2})
     parts = read_folder(str(tmp_path))
     assert parts.test is not None
-    assert parts.test.labels.tolist() == [1, 1]
+    assert parts.test.targets.tolist() == [1, 1]
 
 
 def test_what_is_no_image_is_left_out_and_counted(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_only_the_wanted_classes_are_read(tmp_path: Path) -> None:
     plant_classes(tmp_path, {f"{split}/{name}": 2 for split in ("train", "val") for name in "abc"})
     parts = read_folder(str(tmp_path), wanted=("c", "a"))
     assert parts.classes == ("a", "c")
-    np.testing.assert_array_equal(parts.train.labels, [0, 0, 1, 1])
+    np.testing.assert_array_equal(parts.train.targets, [0, 0, 1, 1])
     with pytest.raises(DataError, match="for each of 3 classes, got 1; missing: x, y"):
         read_folder(str(tmp_path), wanted=("a", "x", "y"))
 
@@ -122,8 +122,8 @@ def test_missing_root_is_a_data_error(tmp_path: Path) -> None:
 def test_flowers17_has_its_published_counts(shared: Path) -> None:
     parts = read_folder(str(shared / "data" / "flowers17"))
     assert parts.validation is not None
-    assert np.bincount(parts.train.labels).tolist() == [60] * 17
-    assert np.bincount(parts.validation.labels).tolist() == [20] * 17
+    assert np.bincount(parts.train.targets).tolist() == [60] * 17
+    assert np.bincount(parts.validation.targets).tolist() == [20] * 17
     theirs = ImageFolder(str(shared / "data" / "flowers17" / "train"))
-    assert parts.train.labels.tolist() == theirs.targets
+    assert parts.train.targets.tolist() == theirs.targets
     assert names(parts.train) == [f"train/{path.split('/train/')[1]}" for path, _ in theirs.samples]

@@ -41,7 +41,7 @@ def test_files_archives_and_arrays_give_the_same_images(tmp_path: Path) -> None:
         assert greys(again) == greys(images) == [1, 2, 3]
         assert names(again) == names(images)
         assert len(again) == 3
-        assert again.labels.tolist() == [1, 0, 1]
+        assert again.targets.tolist() == [1, 0, 1]
         assert again.image(0).mode == "RGB"
         assert again.image(0).size == (8, 6)
 
@@ -50,7 +50,7 @@ def test_selection_keeps_order_labels_and_names(tmp_path: Path) -> None:
     for images in three_kinds(tmp_path):
         chosen = pickle.loads(pickle.dumps(Selection(images, np.array([2, 0]))))
         assert greys(chosen) == [3, 1]
-        assert chosen.labels.tolist() == [1, 1]
+        assert chosen.targets.tolist() == [1, 1]
         assert names(chosen) == [images.name(2), images.name(0)]
 
 

@@ -42,7 +42,7 @@ def test_rows_are_read_in_any_order(tmp_path: Path) -> None:
     order = [16, 0, 5, 4, 9, 10, 15, 1]
     read = [parts.train.image(index).getpixel((0, 0)) for index in order]
     assert read == [(index, index, index) for index in order]
-    assert parts.train.labels.tolist() == [index % 3 for index in range(17)]
+    assert parts.train.targets.tolist() == [index % 3 for index in range(17)]
     assert parts.classes == ("0", "1", "2")
     assert parts.train.name(16) == "t.parquet#16"
     assert parts.test is parts.validation is None
@@ -63,9 +63,9 @@ def test_splits_are_known_by_file_or_folder(tmp_path: Path, layout: dict[str, An
     parts = read_parquet(str(tmp_path))
     assert parts.classes == ("a", "b", "c")
     assert greys(parts.train) == list(range(8))
-    assert parts.train.labels.tolist() == [1, 0, 1, 0, 0, 1, 2, 0]
+    assert parts.train.targets.tolist() == [1, 0, 1, 0, 0, 1, 2, 0]
     assert parts.test is not None
-    assert (greys(parts.test), parts.test.labels.tolist()) == ([10, 11], [2, 1])
+    assert (greys(parts.test), parts.test.targets.tolist()) == ([10, 11], [2, 1])
     assert names(parts.train)[6:] == [f"{layout['train'][1]}.parquet#{row}" for row in (0, 1)]
 
 
@@ -78,14 +78,14 @@ def test_folder_of_tables_without_a_split_is_all_training_images(tmp_path: Path)
 @pytest.mark.parametrize("form", [{"struct": True}, {"image": "img"}, {"label": "fine_label"}])
 def test_columns_of_hugging_face_are_known(tmp_path: Path, form: dict[str, Any]) -> None:
     parts = read_parquet(str(write(tmp_path / "t.parquet", [0, 1, 1], **form)))
-    assert (greys(parts.train), parts.train.labels.tolist()) == ([0, 1, 2], [0, 1, 1])
+    assert (greys(parts.train), parts.train.targets.tolist()) == ([0, 1, 2], [0, 1, 1])
 
 
 def test_names_of_classes_come_from_the_note(tmp_path: Path) -> None:
     path = write(tmp_path / "t.parquet", [2, 0, 2], names=["cat", "dog", "eel"])
     parts = read_parquet(str(path))
     assert parts.classes == ("cat", "dog", "eel")
-    assert parts.train.labels.tolist() == [2, 0, 2]
+    assert parts.train.targets.tolist() == [2, 0, 2]
 
 
 def test_numbers_with_gaps_become_labels_without(tmp_path: Path) -> None:
@@ -93,15 +93,15 @@ def test_numbers_with_gaps_become_labels_without(tmp_path: Path) -> None:
     write(tmp_path / "val.parquet", [100, 3], first=3)
     parts = read_parquet(str(tmp_path))
     assert parts.classes == ("3", "7", "100")
-    assert parts.train.labels.tolist() == [1, 0, 2]
+    assert parts.train.targets.tolist() == [1, 0, 2]
     assert parts.validation is not None
-    assert parts.validation.labels.tolist() == [2, 0]
+    assert parts.validation.targets.tolist() == [2, 0]
 
 
 def test_dictionary_columns_are_strings(tmp_path: Path) -> None:
     labels = pa.array(["x", "a", "x"]).dictionary_encode()
     parts = read_parquet(str(write(tmp_path / "t.parquet", labels)))
-    assert (parts.classes, parts.train.labels.tolist()) == (("a", "x"), [1, 0, 1])
+    assert (parts.classes, parts.train.targets.tolist()) == (("a", "x"), [1, 0, 1])
 
 
 def read_all(images: LabelledImages, sink: Any) -> None:

@@ -13,34 +13,40 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from pipeline.classification.augment import AugmentOptions, eval_transform, train_transform
+from pipeline.classification.augment import eval_transform, train_transform
+from pipeline.config.classification import AugmentConfig
+from pipeline.config.settings import LoaderConfig
 from pipeline.data.labelled_images import LabelledImages, cached
 from pipeline.data.loader import (
     Batch,
-    LoaderOptions,
     ShardedBatchSampler,
     eval_loader,
     micro_batches,
     pack,
     train_loader,
-    unpack,
 )
 from pipeline.errors import ConfigError, DataError
+from pipeline.training.workers import Workers
 
-AUGMENT = AugmentOptions(image_size=16, crop="pad")
+AUGMENT, SIDE = AugmentConfig(crop="pad"), 16
+ALONE = LoaderConfig(loader_workers=0)
+
+
+def worker(rank: int, world: int) -> Workers:
+    return Workers(rank, world, torch.device("cpu"))
 
 
 class Pictures:
     """Squares of noise, every fourth one of the same class; ``bad`` ones cannot be read."""
 
     def __init__(self, num: int, bad: Sequence[int] = (), sides: Sequence[int] = (16,)) -> None:
-        self.labels = np.arange(num, dtype=np.int64) % 4
+        self.targets = np.arange(num, dtype=np.int64) % 4
         self.bad = frozenset(bad)
         self.sides = sides
         self.num_read = 0
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.targets)
 
     def image(self, index: int) -> Image.Image:
         self.num_read += 1
@@ -143,8 +149,8 @@ def train(
     images: LabelledImages, *, num_workers: int = 0, epochs: Sequence[int] = (0,), **sharding: int
 ) -> list[Batch]:
     sampler = ShardedBatchSampler(len(images), **({"batch_size": 8, "seed": 1} | sharding))
-    options = LoaderOptions(num_workers=num_workers, prefetch_factor=2)
-    loader = train_loader(images, train_transform(AUGMENT), sampler=sampler, options=options)
+    config = LoaderConfig(loader_workers=num_workers)
+    loader = train_loader(images, train_transform(AUGMENT, SIDE), sampler=sampler, config=config)
     batches = []
     for epoch in epochs:
         loader.set_epoch(epoch)
@@ -157,7 +163,7 @@ def train(
 def same(first: Sequence[Batch], second: Sequence[Batch]) -> bool:
     return len(first) == len(second) and all(
         torch.equal(a.images_B3HW, b.images_B3HW)
-        and torch.equal(a.labels_B, b.labels_B)
+        and torch.equal(a.targets_B, b.targets_B)
         and a[2:] == b[2:]
         for a, b in zip(first, second, strict=True)
     )
@@ -181,9 +187,9 @@ def test_two_ranks_together_have_the_batches_of_one() -> None:
     ]
     for one, first, second in zip(whole, *ranks, strict=True):
         assert torch.equal(torch.cat([first.images_B3HW, second.images_B3HW]), one.images_B3HW)
-        assert torch.equal(torch.cat([first.labels_B, second.labels_B]), one.labels_B)
+        assert torch.equal(torch.cat([first.targets_B, second.targets_B]), one.targets_B)
         assert one.num_global == first.num_global == second.num_global == 9
-        assert (one.first, first.first, second.first) == (0, 0, len(first.labels_B))
+        assert (one.first, first.first, second.first) == (0, 0, len(first.targets_B))
 
 
 def test_a_run_resumed_at_an_epoch_goes_on_like_one_never_stopped() -> None:
@@ -224,16 +230,16 @@ def test_loading_leaves_the_global_generators_alone() -> None:
 def test_a_bad_file_gives_way_to_the_next_of_its_class(bad: list[int], stand_in: int) -> None:
     images = Pictures(32, bad=bad)
     sampler = ShardedBatchSampler(32, batch_size=32)
-    options = LoaderOptions(max_bad_fraction=0.5)
+    config = LoaderConfig(loader_workers=0, max_bad_fraction=0.5)
     transform = NumberedPixels(Pictures(32))
-    (batch,) = train_loader(images, transform, sampler=sampler, options=options)
+    (batch,) = train_loader(images, transform, sampler=sampler, config=config)
     (keys,) = sampler
     wanted = [index for _, index in keys]
     got = batch.images_B3HW[:, 0, 0, 0].int().tolist()
     stands_in = {want: have for want, have in zip(wanted, got, strict=True) if want != have}
     assert set(stands_in) == set(bad)
     assert stands_in[bad[0]] == stand_in
-    assert batch.labels_B.tolist() == [index % 4 for index in wanted]
+    assert batch.targets_B.tolist() == [index % 4 for index in wanted]
     assert list(batch.names) == [f"picture_{index}.png" for index in got]
     assert batch.num_replaced == len(bad)
 
@@ -285,12 +291,12 @@ def test_evaluation_sees_every_image_once_over_all_ranks(world: int) -> None:
     seen: list[list[int]] = []
     for rank in range(world):
         loader = eval_loader(
-            images, transform, batch_size=3, rank=rank, world_size=world, options=LoaderOptions()
+            images, transform, batch_size=3, workers=worker(rank, world), config=ALONE
         )
         batches = list(loader)
         assert len(batches) == len(loader)
-        assert all(batch.num_global == len(batch.labels_B) <= 3 for batch in batches)
-        assert torch.cat([b.labels_B for b in batches]).tolist() == [
+        assert all(batch.num_global == len(batch.targets_B) <= 3 for batch in batches)
+        assert torch.cat([b.targets_B for b in batches]).tolist() == [
             i % 4 for i in range(rank, 11, world)
         ]
         seen.append([int(v) for b in batches for v in b.images_B3HW[:, 0, 0, 0]])
@@ -300,20 +306,19 @@ def test_evaluation_sees_every_image_once_over_all_ranks(world: int) -> None:
 def test_more_ranks_than_images_leave_some_with_nothing_to_evaluate() -> None:
     images = Pictures(2)
     transform = NumberedPixels(images)
-    loader = eval_loader(
-        images, transform, batch_size=3, rank=2, world_size=3, options=LoaderOptions()
-    )
+    loader = eval_loader(images, transform, batch_size=3, workers=worker(2, 3), config=ALONE)
     assert list(loader) == []
 
 
 def test_evaluation_leaves_a_bad_file_out_and_counts_it(caplog: pytest.LogCaptureFixture) -> None:
     images = Pictures(9, bad=[4, 8])
-    options = LoaderOptions(max_bad_fraction=0.5)
-    loader = eval_loader(images, eval_transform(AUGMENT), batch_size=4, options=options)
+    config = LoaderConfig(loader_workers=0, max_bad_fraction=0.5)
+    transform = eval_transform(AUGMENT, SIDE)
+    loader = eval_loader(images, transform, batch_size=4, workers=worker(0, 1), config=config)
     # The third batch is image 8 alone, and so none.
     first, second = loader
-    assert (len(first.labels_B), first.num_replaced) == (4, 0)
-    assert (second.labels_B.tolist(), second.num_replaced) == ([1, 2, 3], 1)
+    assert (len(first.targets_B), first.num_replaced) == (4, 0)
+    assert (second.targets_B.tolist(), second.num_replaced) == ([1, 2, 3], 1)
     assert [record.getMessage() for record in caplog.records] == [
         f"cannot read picture_{index}.png: truncated; it is left out" for index in (4, 8)
     ]
@@ -325,20 +330,22 @@ def test_weighted_micro_batches_give_the_mean_of_the_global_batch(
 ) -> None:
     batch = Batch(torch.randn(7, 3, 2, 2), torch.arange(7), num_global=20, num_replaced=2, first=5)
     parts = list(micro_batches(batch, num))
-    assert [len(part.labels_B) for part in parts] == sizes
+    assert [len(part.targets_B) for part in parts] == sizes
     assert torch.equal(torch.cat([part.images_B3HW for part in parts]), batch.images_B3HW)
-    assert torch.equal(torch.cat([part.labels_B for part in parts]), batch.labels_B)
+    assert torch.equal(torch.cat([part.targets_B for part in parts]), batch.targets_B)
     assert sum(part.num_replaced for part in parts) == 2
-    # The labels count up from 0 and the slice begins at 5.
-    assert [part.first for part in parts] == [5 + int(part.labels_B[0]) for part in parts]
-    weighted = sum(part.images_B3HW.mean() * len(part.labels_B) / part.num_global for part in parts)
+    # The targets count up from 0 and the slice begins at 5.
+    assert [part.first for part in parts] == [5 + int(part.targets_B[0]) for part in parts]
+    weighted = sum(
+        part.images_B3HW.mean() * len(part.targets_B) / part.num_global for part in parts
+    )
     torch.testing.assert_close(weighted, batch.images_B3HW.mean() * 7 / 20)
 
 
-def test_micro_batches_split_soft_labels_too() -> None:
+def test_micro_batches_split_soft_targets_too() -> None:
     soft = torch.rand(4, 5)
     batch = Batch(torch.zeros(4, 3, 1, 1), soft, num_global=4, num_replaced=0)
-    assert torch.equal(torch.cat([part.labels_B for part in micro_batches(batch, 2)]), soft)
+    assert torch.equal(torch.cat([part.targets_B for part in micro_batches(batch, 2)]), soft)
 
 
 def test_cached_images_are_read_once_and_give_the_same_batches() -> None:
@@ -376,7 +383,7 @@ def test_big_arrays_go_beside_the_pickle_and_come_back_as_views() -> None:
     packed = pack(kept)
     assert len(packed.pickled) < 50_000 < len(pickle.dumps(kept))
     (pixels,) = packed.buffers
-    there = unpack(packed)
+    there = packed.unpack()
     before = there.image(3).tobytes()
     assert before == kept.image(3).tobytes()
     pixels.zero_()
@@ -388,4 +395,4 @@ def test_without_shared_memory_every_process_has_its_copy(monkeypatch: pytest.Mo
     kept = cached(Pictures(200))
     packed = pack(kept)
     assert packed.buffers == []
-    assert unpack(packed).image(3).tobytes() == kept.image(3).tobytes()
+    assert packed.unpack().image(3).tobytes() == kept.image(3).tobytes()

@@ -67,9 +67,9 @@ def test_cifar10_is_all_batches_and_the_names(tmp_path: Path) -> None:
     plant_cifar(tmp_path / "cifar-10-batches-py", batches | others)
     parts = read_cifar(str(tmp_path), source=UncheckedCIFAR10)
     assert parts.classes == tuple(f"name {label}" for label in range(10))
-    assert parts.train.labels.tolist() == [1, 0, 2, 0, 3, 0, 4, 0, 5, 0]
+    assert parts.train.targets.tolist() == [1, 0, 2, 0, 3, 0, 4, 0, 5, 0]
     assert parts.test is not None
-    assert parts.test.labels.tolist() == [9, 8, 7]
+    assert parts.test.targets.tolist() == [9, 8, 7]
     assert parts.train.image(1).getpixel((31, 0)) == (1, 11, 21)
     assert greys(parts.test) == [0, 1, 2]
     assert names(parts.test)[2] == "test/00002"
@@ -85,7 +85,7 @@ def test_cifar100_has_the_fine_labels(tmp_path: Path) -> None:
     plant_cifar(tmp_path / "cifar-100-python", files)
     parts = read_cifar(str(tmp_path), source=UncheckedCIFAR100)
     assert (len(parts.classes), parts.classes[99]) == (100, "fine 99")
-    assert parts.train.labels.tolist() == [99, 3]
+    assert parts.train.targets.tolist() == [99, 3]
 
 
 def test_svhn_calls_its_ten_zero_and_keeps_images_upright(tmp_path: Path) -> None:
@@ -95,8 +95,8 @@ def test_svhn_calls_its_ten_zero_and_keeps_images_upright(tmp_path: Path) -> Non
         labels = np.array([[10], [1], [9], [10]], np.uint8)
         scipy.io.savemat(tmp_path / name, {"X": pixels, "y": labels})
     parts = read_svhn(str(tmp_path), source=UncheckedSVHN)
-    assert parts.train.labels.tolist() == [0, 1, 9, 0]
-    assert parts.train.labels.dtype == np.int64
+    assert parts.train.targets.tolist() == [0, 1, 9, 0]
+    assert parts.train.targets.dtype == np.int64
     assert parts.classes == tuple("0123456789")
     # Row 5, column 20: in Pillow's order x = 20, y = 5.
     assert parts.train.image(2).getpixel((20, 5)) == (0, 12, 0)
@@ -114,11 +114,11 @@ def test_flowers_train_on_both_of_the_lists_that_are_no_test(tmp_path: Path) -> 
     lists = {"trnid": [[7, 1]], "valid": [[3, 2]], "tstid": [[4, 5, 6]]}
     scipy.io.savemat(folder / "setid.mat", lists)
     parts = read_flowers(str(tmp_path), source=UncheckedFlowers)
-    assert parts.train.labels.tolist() == [5, 101, 1, 0]
+    assert parts.train.targets.tolist() == [5, 101, 1, 0]
     assert greys(parts.train) == [140, 20, 60, 40]
     assert parts.validation is None
     assert parts.test is not None
-    assert (parts.test.labels.tolist(), greys(parts.test)) == ([2, 3, 4], [80, 100, 120])
+    assert (parts.test.targets.tolist(), greys(parts.test)) == ([2, 3, 4], [80, 100, 120])
     assert parts.train.name(0) == "jpg/image_00007.jpg"
     assert (len(parts.classes), parts.classes[0]) == (102, "pink primrose")
 

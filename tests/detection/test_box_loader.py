@@ -14,29 +14,28 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline.config.detection import BoxDataConfig
+from pipeline.config.settings import LoaderConfig
 from pipeline.data.labelled_images import decode_rgb
-from pipeline.data.loader import LoaderOptions, pack, unpack
+from pipeline.data.loader import pack
 from pipeline.detection.box_loader import (
     BoxBatch,
     BoxLoader,
     BoxSample,
-    BoxTable,
     BoxTransform,
-    eval_box_loader,
-    fixed_size,
+    SeenSize,
     pack_samples,
-    read_box_table,
-    resized_size,
     train_box_loader,
 )
 from pipeline.detection.box_sampler import BucketBatchSampler
+from pipeline.detection.box_table import BoxTable, read_box_table
 from pipeline.errors import DataError
 from pipeline.storage import Location
 from tests.data.pictures import encode
 from tests.tables import Row, label_row, write_table
 
 NUM = 12
-SMALL = BoxTransform(short_sides=(16, 20, 24), max_side=40)
+SMALL = BoxDataConfig(short_sides=(16, 20, 24), max_side=40)
 
 
 def picture(number: int) -> Image.Image:
@@ -86,16 +85,14 @@ def loader(
     *,
     num_workers: int = 0,
     max_bad_fraction: float = 1.0,
-    transform: BoxTransform = SMALL,
+    data: BoxDataConfig = SMALL,
     steps: int = 4,
     **sharding: int,
 ) -> BoxLoader:
     known: dict[str, int] = {"batch_size": 5, "seed": 1} | sharding
     sampler = BucketBatchSampler(table.is_wide_N, steps_per_epoch=steps, **known)
-    options = LoaderOptions(
-        num_workers=num_workers, prefetch_factor=2, max_bad_fraction=max_bad_fraction
-    )
-    return train_box_loader(table, transform, sampler=sampler, options=options)
+    config = LoaderConfig(loader_workers=num_workers, max_bad_fraction=max_bad_fraction)
+    return train_box_loader(table, BoxTransform(data), sampler=sampler, config=config)
 
 
 def shared(batch: BoxBatch) -> dict[str, Any]:
@@ -154,7 +151,7 @@ def test_pixels_are_those_of_decoding_and_pillow_and_flips_mirror_the_boxes(fold
     (path,) = folder.glob("07.png")
     image = decode_rgb(path.read_bytes(), "07")
     boxes_N4 = np.array([[2.0, 4.0, 12.0, 20.0]], np.float32)
-    transform = BoxTransform(short_sides=(45,), max_side=1000, flip=0)
+    transform = BoxTransform(BoxDataConfig(short_sides=(45,), max_side=1000, flip=0))
     straight_3HW, straight_N4 = transform(image, boxes_N4, random.Random(0))
     expected = image.resize((77, 45), Image.Resampling.BILINEAR)
     assert torch.equal(straight_3HW, torch.from_numpy(np.array(expected)).permute(2, 0, 1))
@@ -162,7 +159,7 @@ def test_pixels_are_those_of_decoding_and_pillow_and_flips_mirror_the_boxes(fold
     scale = np.array([77 / 51, 1.5, 77 / 51, 1.5])
     assert straight_N4.dtype == np.float32
     np.testing.assert_allclose(straight_N4, boxes_N4 * scale, rtol=1e-6)
-    flip = BoxTransform(short_sides=(45,), max_side=1000, flip=1)
+    flip = BoxTransform(BoxDataConfig(short_sides=(45,), max_side=1000, flip=1))
     flipped_3HW, flipped_N4 = flip(image, boxes_N4, random.Random(0))
     assert torch.equal(flipped_3HW, straight_3HW.flip(2))
     x0, y0, x1, y1 = straight_N4[0]
@@ -303,8 +300,8 @@ def test_boxes_of_a_turned_photograph_are_in_its_upright_frame(tmp_path: Path) -
     path = tmp_path / "turned.jpg"
     path.write_bytes(encode(stored, "JPEG", quality=100, subsampling=0, exif=exif))
     write_table(tmp_path / "labels", [row_of(3, str(path))])
-    transform = BoxTransform(short_sides=(30,), max_side=100, flip=0)
-    (batch,) = batches(table_in(tmp_path), 0, transform=transform, steps=1, batch_size=1)
+    data = BoxDataConfig(short_sides=(30,), max_side=100, flip=0)
+    (batch,) = batches(table_in(tmp_path), 0, data=data, steps=1, batch_size=1)
     (sample,) = batch.samples
     assert sample.image_3HW.shape == (3, 44, 30)
     assert sample.boxes_N4.tolist() == [box_of(3)]
@@ -330,7 +327,7 @@ def test_images_come_from_a_store_like_from_a_disk(folder: Path, s3_bucket: str)
 
 def test_a_table_survives_the_way_through_shared_memory(folder: Path) -> None:
     table = table_in(folder)
-    there: Any = unpack(pack(table))  # type: ignore[arg-type]
+    there = pack(table).unpack()
     assert (there.uri(3), there.image_id(3)) == (table.uri(3), table.image_id(3))
     np.testing.assert_array_equal(there.boxes_M4, table.boxes_M4)
 
@@ -342,51 +339,14 @@ def test_a_batch_that_crosses_processes_is_four_arrays(folder: Path) -> None:
     assert batch.num_images == len(batch.samples) > 0
 
 
-# Evaluation.
+# Detecting.
 
 
-@pytest.mark.parametrize("world", [1, 2, 5])
-def test_evaluation_sees_every_image_once_at_its_fixed_size(folder: Path, world: int) -> None:
-    table = table_in(folder)
-    seen = []
-    for rank in range(world):
-        one = eval_box_loader(
-            table,
-            fixed_size(20, max_side=30),
-            batch_size=3,
-            rank=rank,
-            world_size=world,
-            options=LoaderOptions(),
-        )
-        one.set_epoch(1)
-        mine = list(one)
-        assert len(mine) == len(one)
-        assert all(batch.num_global == len(batch.samples) <= 3 for batch in mine)
-        seen.append([int(sample.image_id) for sample in samples(mine)])
-        for sample in samples(mine):
-            size = resized_size(
-                sample.original_width, sample.original_height, short_side=20, max_side=30
-            )
-            assert sample.image_3HW.shape == (3, *size[::-1])
-            assert sample.boxes_N4[0, 0] == pytest.approx(
-                box_of(int(sample.image_id))[0] * size[0] / sample.original_width
-            )
-    assert seen == [list(range(rank, NUM, world)) for rank in range(world)]
-
-
-def test_evaluation_leaves_a_bad_file_out_and_counts_it(
-    folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    for number in (4, 6, 7, 8):
-        (folder / f"{number:02}.png").unlink()
-    options = LoaderOptions(max_bad_fraction=0.5)
-    found = list(eval_box_loader(table_in(folder), fixed_size(20), batch_size=3, options=options))
-    # The third batch is 6, 7 and 8, and so none.
-    assert [[int(sample.image_id) for sample in batch.samples] for batch in found] == [
-        [0, 1, 2],
-        [3, 5],
-        [9, 10, 11],
-    ]
-    assert [batch.num_replaced for batch in found] == [0, 1, 0]
-    assert all(record.getMessage().endswith("it is left out") for record in caplog.records)
-    assert len(caplog.records) == 4
+@pytest.mark.parametrize("number", range(NUM))
+def test_a_detector_sees_a_picture_at_its_fixed_size(number: int) -> None:
+    image, size = picture(number), SeenSize(20, 30)
+    scale = min(20 / min(image.size), 30 / max(image.size))
+    expected = tuple(int(side * scale + 0.5) for side in image.size)
+    assert size.of(*image.size) == expected
+    resized = np.array(image.resize(expected, Image.Resampling.BILINEAR))
+    assert torch.equal(size.pixels_of(image), torch.from_numpy(resized).permute(2, 0, 1))

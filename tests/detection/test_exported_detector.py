@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.detection import exported_detector
+from pipeline.detection.box_loader import SeenSize
 from pipeline.detection.detector import build_detector, default_options
 from pipeline.detection.exported_detector import StoredDetector, read_detector, write_detector
 from pipeline.detection.predictor import Predictor
@@ -26,7 +26,7 @@ def folder(tmp_path: Path) -> Location:
     write_detector(
         detector,
         place,
-        size=exported_detector.TestSize(64, 128),
+        size=SeenSize(64, 128),
         classes=["object"],
         made_by=made_by,
     )
@@ -34,14 +34,14 @@ def folder(tmp_path: Path) -> Location:
 
 
 def found_by(stored: StoredDetector) -> Detections:
-    return Predictor(stored.detector, stored.transform).predict(PHOTO)
+    return Predictor(stored.detector, stored.size).predict(PHOTO)
 
 
 def test_it_is_read_as_it_was_written(folder: Location) -> None:
     stored = read_detector(folder)
     assert stored.classes == ("object",)
     assert stored.made_by == {"config": {"round": 2}}
-    assert (stored.transform.short_sides, stored.transform.max_side) == ((64,), 128)
+    assert stored.size == SeenSize(64, 128)
     assert stored.detector.options == default_options("nano")
 
 

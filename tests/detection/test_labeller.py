@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipeline.data.pixels import load_pixels
 from pipeline.data.pseudo_labels import SCHEMA
-from pipeline.detection.box_loader import fixed_size
+from pipeline.detection.box_loader import SeenSize
 from pipeline.detection.detector import Detector, build_detector, default_options
 from pipeline.detection.labeller import DetectionLabeller, method_of
 from pipeline.detection.predictor import Predictor
@@ -55,7 +55,7 @@ class Scripted(Detector):
 def labeller(
     network: Detector, *, short_side: int = 64, max_side: int = 128, **options: Any
 ) -> DetectionLabeller:
-    predictor = Predictor(network, fixed_size(short_side, max_side=max_side))
+    predictor = Predictor(network, SeenSize(short_side, max_side))
     return DetectionLabeller(predictor, PROVENANCE, **options)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_iou
 
-from pipeline.detection import exported_detector
+from pipeline.detection.box_loader import SeenSize
 from pipeline.detection.detector import build_detector, default_options
 from pipeline.detection.exported_detector import StoredDetector
 from pipeline.detection.onnx_export import Likeness, export_detector_onnx, likeness
@@ -45,7 +45,7 @@ def built(name: str, **changes: Any) -> StoredDetector:
     detector = build_detector(default_options(options.pop("kind"), **options))
     for layer in (detector.rpn.head.cls_logits, detector.roi_heads.box_predictor.cls_score):
         nn.init.normal_(layer.weight, std=0.05)
-    return StoredDetector(detector, exported_detector.TestSize(64, 80), ("a", "b", "c"), "", {})
+    return StoredDetector(detector, SeenSize(64, 80), ("a", "b", "c"), "", {})
 
 
 def noise(height: int, width: int, seed: int = 1) -> Tensor:

@@ -1,6 +1,7 @@
 """A detector's run without Ray: stopped and continued, told again, and what is made of it."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -287,8 +288,8 @@ def test_labels_that_changed_since_the_run_began_are_refused_once_it_learnt_from
     assert "going on" not in train(anew)[1]
 
 
-def test_mlflow_holds_losses_probes_settings_and_which_labels(
-    material: Material, mlflow_uri: str, tmp_path: Path
+def test_mlflow_holds_losses_probes_settings_and_which_labels_once_however_often_it_is_told(
+    material: Material, mlflow_uri: str, empty_mlflow_database: Path, tmp_path: Path
 ) -> None:
     job = a_job(
         material,
@@ -296,7 +297,22 @@ def test_mlflow_holds_losses_probes_settings_and_which_labels(
         **{"tracking_uri": mlflow_uri, "probe": probe_of(material), "steps": 4, "windows": 2},
     )
     summary, _ = train(job)
-    client = MlflowClient(tracking_uri=mlflow_uri)
+    check_recorded(job, summary, tmp_path)
+    before = (folder_of(job) / "tracking.json").read_bytes()
+    # The same command again, and to a store that was not there while it trained.
+    train(job)
+    assert (folder_of(job) / "tracking.json").read_bytes() == before
+    check_recorded(job, summary, tmp_path)
+    shutil.copy(empty_mlflow_database, tmp_path / "other.db")
+    elsewhere = job.model_copy(update={"tracking_uri": f"sqlite:///{tmp_path}/other.db"})
+    for _ in range(2):
+        train(elsewhere)
+        check_recorded(elsewhere, summary, tmp_path)
+
+
+def check_recorded(job: TrainDetectorJob, summary: dict[str, Any], folder: Path) -> None:
+    """MLflow holds the finished run once, and every number of its epochs once."""
+    client = MlflowClient(tracking_uri=job.tracking_uri)
     experiment = client.get_experiment_by_name("patchseed")
     assert experiment is not None
     (run,) = client.search_runs([experiment.experiment_id])
@@ -308,10 +324,10 @@ def test_mlflow_holds_losses_probes_settings_and_which_labels(
     assert run.data.tags["data.manifest_sha256.0"] == source["manifest_sha256"]
     for name in (*(f"train/loss_{one}" for one in LOSSES), "probe/ap50", "probe/corloc"):
         told = client.get_metric_history(run.info.run_id, name)
-        assert {one.step: one.value for one in told} == {
-            one["epoch"]: one[name] for one in history(job) if name in one
-        }
+        assert sorted((one.step, one.value) for one in told) == [
+            (one["epoch"], one[name]) for one in history(job) if name in one
+        ]
         assert told
     for name in ("model/model.safetensors", "model/config.json", "figures/curves.png"):
-        kept = client.download_artifacts(run.info.run_id, name, str(tmp_path))
+        kept = client.download_artifacts(run.info.run_id, name, str(folder))
         assert Path(kept).read_bytes() == (folder_of(job) / name).read_bytes()

@@ -12,8 +12,8 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from pipeline.config import TrainDetectorJob
 from pipeline.config.detection import presets
-from pipeline.detection import exported_detector
 from pipeline.detection.batch_norm import PooledBatchNorm2d, fused
+from pipeline.detection.box_loader import SeenSize
 from pipeline.detection.detector import Detector, build_detector, default_options, initialise
 from pipeline.detection.exported_detector import load_detector, write_detector
 from pipeline.detection.predictor import Predictor
@@ -91,14 +91,14 @@ def test_its_maps_are_timms(name: str) -> None:
 @pytest.mark.parametrize("name", ["regnetx_002", SWIN])
 def test_a_written_detector_is_read_again_and_predicts_the_same(tmp_path: Path, name: str) -> None:
     detector = built(name, norm="pooled", normalize="half", score_threshold=0.0)
-    size = exported_detector.TestSize(64, 96)
+    size = SeenSize(64, 96)
     place = Location.parse(str(tmp_path))
     write_detector(detector, place, size=size, classes=["object"], made_by={})
     photo = np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8)
     again = load_detector(str(tmp_path))
     assert again.detector.options == detector.options
     found = again.predict(photo)
-    expected = Predictor(detector, again.transform).predict(photo)
+    expected = Predictor(detector, again.size).predict(photo)
     assert len(found) > 0
     assert np.array_equal(found.boxes_D4, expected.boxes_D4)
     assert np.array_equal(found.scores_D, expected.scores_D)

@@ -96,8 +96,9 @@ def tiny_detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a nano detector as it is before any training, of a second round."""
     import torch
 
+    from pipeline.detection.box_loader import SeenSize
     from pipeline.detection.detector import build_detector, default_options
-    from pipeline.detection.exported_detector import TestSize, write_detector
+    from pipeline.detection.exported_detector import write_detector
     from pipeline.storage import Location
 
     with torch.random.fork_rng():
@@ -107,7 +108,7 @@ def tiny_detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_detector(
         detector,
         Location.parse(str(folder)),
-        size=TestSize(64, 128),
+        size=SeenSize(64, 128),
         classes=["object"],
         made_by={"config": {"round": 2}},
     )

@@ -112,7 +112,7 @@ def test_tracked_runs_are_compared_by_experiment(mlflow_uri: str, tmp_path: Path
 
     for seed, weight, value in [(0, 0.0, 0.5), (1, 0.0, 0.6), (0, 0.5, 0.6), (1, 0.5, 0.701)]:
         content = summary(seed, weight, value)
-        with start_tracker(mlflow_uri, experiment="lab", spool=tmp_path / "spool") as tracker:
+        with start_tracker(mlflow_uri, experiment="lab") as tracker:
             tracker.log_params(flatten(content["config"]))
             tracker.log_metrics(content["metrics"])
             told = {"kind": "classifier", "finished": "true", "pair_key": "key"}

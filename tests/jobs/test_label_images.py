@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from mlflow import MlflowClient
 
 from pipeline.data.pseudo_labels import SCHEMA, read_labels, read_manifest
 from pipeline.storage import Location
@@ -86,7 +87,7 @@ def test_a_mixed_folder_gives_one_row_per_file_with_its_status(
 
 
 def test_a_second_run_is_refused_until_told_to_overwrite(
-    label_jobs: LabelJobs, tmp_path: Path
+    label_jobs: LabelJobs, tmp_path: Path, mlflow_uri: str
 ) -> None:
     write_photos(tmp_path / "photos", 2)
     output = tmp_path / "labels"
@@ -98,11 +99,29 @@ def test_a_second_run_is_refused_until_told_to_overwrite(
     other = label_jobs.run(tmp_path / "photos", output, "--resume", "--localization.rule", "lost")
     assert other.returncode == 2
     assert "localization.rule: 'solost' there, 'lost' now" in other.stderr
-    again = label_jobs.run(tmp_path / "photos", output, "--resume")
-    assert again.returncode == 0
-    assert "nothing is left to do" in again.stdout
+    (output / "_tracking").mkdir()  # as older versions left it there
+    for _ in range(2):
+        told = ("--tracking-uri", mlflow_uri)
+        again = label_jobs.run(tmp_path / "photos", output, "--resume", *told)
+        assert again.returncode == 0, again.stderr
+        assert "nothing is left to do" in again.stdout
+        check_recorded_once(mlflow_uri, output)
     assert label_jobs.run(tmp_path / "photos", output, "--overwrite").returncode == 0
     assert comparable(output).equals(before)
+
+
+def check_recorded_once(uri: str, output: Path) -> None:
+    """MLflow holds the finished table in one run, each number once."""
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name("patchseed")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["localization.rule"] == "solost"
+    assert run.data.tags["output"] == str(output)
+    assert [one.value for one in client.get_metric_history(run.info.run_id, "rows")] == [2.0]
+    names = {one.path for one in client.list_artifacts(run.info.run_id)}
+    assert {"manifest.json", "config.json"} <= names
 
 
 def test_a_killed_driver_resumes_to_the_table_of_an_uninterrupted_run(

@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.config.classification import Normalize, Pooling
 from pipeline.losses.drloc import DRLocHead, drloc_loss
-from pipeline.losses.multi_stage import Pooling, pool_grid
-from pipeline.losses.pairs import Normalize, all_pairs, relative_offsets, sample_pairs
+from pipeline.losses.multi_stage import pool_grid
+from pipeline.losses.pairs import all_pairs, relative_offsets, sample_pairs
 
 LAYERS = {
     "1": "first",

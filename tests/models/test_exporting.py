@@ -13,9 +13,12 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from timm.data import create_transform
 from torch import nn
+from torchvision import transforms
 
-from pipeline.classification.augment import AugmentOptions, eval_transform
+from pipeline.classification.augment import eval_transform
+from pipeline.config import AugmentConfig
 from pipeline.data.labelled_images import decode_rgb
 from pipeline.errors import DataError, WeightsError
 from pipeline.models.checkpoints import fit_state_dict, read_state_dict
@@ -198,30 +201,55 @@ def test_more_images_than_a_batch_are_answered_in_order(exported: Path) -> None:
 
 @pytest.mark.parametrize("size", [(40, 56), (300, 200), (32, 32), (17, 90), (224, 224)])
 @pytest.mark.parametrize(
-    ("options", "ours"),
+    ("crop", "normalize", "ours"),
     [
-        (AugmentOptions(image_size=32), recipe()),
-        (AugmentOptions(image_size=32, crop="pad"), recipe(crop="whole")),
-        (
-            AugmentOptions(image_size=32, interpolation="bilinear", crop_pct=0.9),
-            recipe(interpolation="bilinear", crop_pct=0.9),
-        ),
-        (
-            AugmentOptions(image_size=96, mean=(0.5, 0.5, 0.5), std=(0.25, 0.3, 0.5), crop_pct=1.0),
-            Preprocessing(image_size=96, mean=(0.5, 0.5, 0.5), std=(0.25, 0.3, 0.5), crop_pct=1.0),
-        ),
-        (
-            AugmentOptions(image_size=32, crop="pad", interpolation="bilinear"),
-            recipe(crop="whole", interpolation="bilinear"),
-        ),
+        ("random_resized", "imagenet", recipe()),
+        ("random_resized", "half", dataclasses.replace(recipe(), mean=(0.5,) * 3, std=(0.5,) * 3)),
+        ("pad", "imagenet", recipe(crop="whole")),
     ],
 )
 def test_preprocessing_is_that_of_the_evaluation_bit_by_bit(
-    options: AugmentOptions, ours: Preprocessing, size: tuple[int, int]
+    crop: Any, normalize: Any, ours: Preprocessing, size: tuple[int, int]
 ) -> None:
     image = picture(*size)
-    expected_3HW: Any = eval_transform(options)(image)
+    config = AugmentConfig(crop=crop, normalize=normalize)
+    expected_3HW: Any = eval_transform(config, ours.image_size)(image)
     assert torch.equal(preprocess(image, ours), expected_3HW)
+
+
+@pytest.mark.parametrize("size", [(40, 56), (300, 200), (32, 32), (17, 90), (224, 224)])
+@pytest.mark.parametrize(
+    "ours",
+    [
+        recipe(interpolation="bilinear", crop_pct=0.9),
+        Preprocessing(image_size=96, mean=(0.5, 0.5, 0.5), std=(0.25, 0.3, 0.5), crop_pct=1.0),
+    ],
+)
+def test_other_centre_crops_are_timms_bit_by_bit(
+    ours: Preprocessing, size: tuple[int, int]
+) -> None:
+    image = picture(*size)
+    timms = create_transform(
+        ours.image_size,
+        interpolation=ours.interpolation,
+        mean=ours.mean,
+        std=ours.std,
+        crop_pct=ours.crop_pct,
+    )
+    assert torch.equal(preprocess(image, ours), timms(image))
+
+
+@pytest.mark.parametrize("size", [(40, 56), (300, 200), (32, 32), (17, 90), (224, 224)])
+def test_a_whole_image_may_be_squeezed_with_bilinear_weights(size: tuple[int, int]) -> None:
+    image, ours = picture(*size), recipe(crop="whole", interpolation="bilinear")
+    squeeze = transforms.Compose(
+        [
+            transforms.Resize((32, 32), interpolation=transforms.InterpolationMode.BILINEAR),
+            transforms.ToTensor(),
+            transforms.Normalize(ours.mean, ours.std),
+        ]
+    )
+    assert torch.equal(preprocess(image, ours), squeeze(image))
 
 
 def test_files_are_decoded_as_in_training(tmp_path: Path) -> None:

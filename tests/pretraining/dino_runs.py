@@ -15,13 +15,15 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from pipeline.data.loader import LoaderOptions, ShardedBatchSampler, train_loader
+from pipeline.config.classification import OptimizerKind
+from pipeline.config.pretraining import CropsConfig, DINOConfig
+from pipeline.config.settings import LoaderConfig
+from pipeline.data.loader import ShardedBatchSampler, train_loader
 from pipeline.pretraining.images import random_square
 from pipeline.pretraining.network import DINONetwork
 from pipeline.pretraining.task import DINOObjective, DINOTask
-from pipeline.pretraining.views import MultiCropOptions
 from pipeline.training.loop import Hooks, LoopSettings, LoopState, StepKey, train
-from pipeline.training.optim import OptimizerKind, build_optimizer, parameter_groups
+from pipeline.training.optim import build_optimizer, parameter_groups
 from pipeline.training.schedules import cosine
 from pipeline.training.workers import Workers
 
@@ -32,14 +34,14 @@ BATCH = 7
 
 STEPS_PER_EPOCH = NUM_IMAGES // BATCH
 PROTOTYPES = 11
-VIEWS = MultiCropOptions(num_local=2, global_size=16, local_size=8)
+CROPS = CropsConfig(num_local=2, global_size=16, local_size=8)
 
 
 class Noise:
     """Pictures of noise, each of a colour of its own, and wider than high."""
 
     def __init__(self) -> None:
-        self.labels = np.zeros(NUM_IMAGES, np.int64)
+        self.targets = np.zeros(NUM_IMAGES, np.int64)
 
     def __len__(self) -> int:
         return NUM_IMAGES
@@ -63,7 +65,7 @@ class Choice:
     drop_path: float = 0.0
     norm_last_layer: bool = True
     freeze_last_layer: int = 1
-    views: MultiCropOptions = VIEWS
+    crops: CropsConfig = CROPS
     optimizer: OptimizerKind = "sgd"
     lr: float = 0.3
     precision: str = "fp32"
@@ -83,18 +85,20 @@ def an_objective(choice: Choice) -> DINOObjective:
             num_classes=0,
             drop_path_rate=choice.drop_path,
         )
-        student = DINONetwork(
-            vit,
-            num_prototypes=PROTOTYPES,
+        config = DINOConfig(
+            out_dim=PROTOTYPES,
             hidden_dim=16,
             bottleneck_dim=8,
             norm_last_layer=choice.norm_last_layer,
+            freeze_last_layer=choice.freeze_last_layer,
+            center_momentum=0.8,
         )
+        student = DINONetwork(vit, config)
         # A head as it is drawn passes almost no gradient on when it is this narrow.
         for weight in student.parameters():
             if weight.requires_grad:
                 weight.data += 0.2 * torch.randn_like(weight)
-    return DINOObjective(student, center_momentum=0.8)
+    return DINOObjective(student, config)
 
 
 def teacher_temp(epoch: int) -> float:
@@ -117,14 +121,16 @@ def a_task(choice: Choice, workers: Workers = ALONE) -> DINOTask:
     return DINOTask(
         objective=an_objective(choice),
         loader=train_loader(
-            Noise(), partial(random_square, side=18), sampler=sampler, options=LoaderOptions()
+            Noise(),
+            partial(random_square, side=18),
+            sampler=sampler,
+            config=LoaderConfig(loader_workers=0),
         ),
-        views=choice.views,
+        crops=choice.crops,
         teacher_temp=teacher_temp,
         teacher_momentum=partial(teacher_momentum, total_epochs=choice.total_epochs),
         workers=workers,
         seed=choice.seed,
-        freeze_last_layer=choice.freeze_last_layer,
         accumulate=choice.accumulate,
     )
 

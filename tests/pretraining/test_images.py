@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pipeline.config.settings import LoaderConfig
 from pipeline.data.labelled_images import LabelledImages
-from pipeline.data.loader import LoaderOptions, ShardedBatchSampler, train_loader
+from pipeline.data.loader import ShardedBatchSampler, train_loader
 from pipeline.data.seeding import seeded
 from pipeline.errors import ConfigError, DataError
 from pipeline.pretraining.images import (
@@ -106,7 +107,7 @@ def test_images_are_the_same_in_every_form_and_order(
     for place, index in enumerate(greys(images)):
         assert np.array_equal(np.asarray(images.image(place)), picture(index))
     assert len(images) == len(SIZES)
-    assert images.labels.tolist() == [0] * len(SIZES)
+    assert images.targets.tolist() == [0] * len(SIZES)
     assert len(set(names(images))) == len(SIZES)
 
 
@@ -116,7 +117,7 @@ def test_several_texts_are_one_collection_in_their_order(tmp_path: Path) -> None
     third = as_list(plant(tmp_path / "third", [6, 2, 5]))
     images = read_unlabelled([str(first), second, third])
     assert greys(images) == [1, 3, 0, 2, 6, 5]
-    assert images.labels.tolist() == [0] * 6
+    assert images.targets.tolist() == [0] * 6
     assert names(images) == [
         f"{first}/odd/1.png",
         f"{first}/odd/3.png",
@@ -177,7 +178,7 @@ def batches(images: LabelledImages, *, num_workers: int = 0, bad: float = 1.0) -
         images,
         partial(random_square, side=SIDE),
         sampler=ShardedBatchSampler(len(images), batch_size=3, seed=5),
-        options=LoaderOptions(num_workers=num_workers, max_bad_fraction=bad),
+        config=LoaderConfig(loader_workers=num_workers, max_bad_fraction=bad),
     )
     found = []
     for epoch in range(2):
@@ -198,7 +199,7 @@ def test_kept_images_give_the_squares_that_streamed_ones_give(
     kept = preload(streamed, SIDE, limit_mib=1)
     assert isinstance(kept, Preloaded)
     assert names(kept) == names(streamed)
-    assert kept.labels.tolist() == streamed.labels.tolist()
+    assert kept.targets.tolist() == streamed.targets.tolist()
     squares = batches(streamed)
     assert same(batches(kept), squares)
     # Or one epoch's squares would do for all.

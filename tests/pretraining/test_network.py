@@ -8,6 +8,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from pipeline.config.pretraining import DINOConfig
 from pipeline.errors import ConfigError
 from pipeline.models.dino_vit import interpolate_positions
 from pipeline.pretraining.network import DINONetwork
@@ -19,7 +20,7 @@ SMALL: dict[str, Any] = {
     "num_heads": 2,
     "num_classes": 0,
 }
-HEAD: dict[str, Any] = {"num_prototypes": 7, "hidden_dim": 10, "bottleneck_dim": 5}
+HEAD = DINOConfig(out_dim=7, hidden_dim=10, bottleneck_dim=5)
 
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -43,7 +44,7 @@ def small_vit(seed: int = 0, img_size: int | tuple[int, int] = 16, **options: An
 def network_of(vit: nn.Module) -> DINONetwork:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        return DINONetwork(vit, **HEAD).eval()
+        return DINONetwork(vit, HEAD).eval()
 
 
 def images_of(height: int, width: int, count: int = 3) -> Tensor:
@@ -136,4 +137,4 @@ def distilled() -> nn.Module:
 )
 def test_another_network_is_refused(build: Any) -> None:
     with pytest.raises(ConfigError, match=r"^(model\.name must be|backbone Linear has no)"):
-        DINONetwork(build(), **HEAD)
+        DINONetwork(build(), HEAD)

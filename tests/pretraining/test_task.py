@@ -14,11 +14,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.data.loader import Batch, LoaderOptions, ShardedBatchSampler, train_loader
+from pipeline.config.pretraining import CropsConfig
+from pipeline.config.settings import LoaderConfig
+from pipeline.data.loader import Batch, ShardedBatchSampler, train_loader
 from pipeline.errors import TrainingDiverged
 from pipeline.pretraining.images import random_square
 from pipeline.pretraining.task import Crops, DINOObjective, DINOTask
-from pipeline.pretraining.views import MultiCropOptions
 from pipeline.training.loop import StepKey
 from pipeline.training.workers import Workers
 from tests.losses.slow_dino import slow_terms
@@ -371,8 +372,8 @@ def test_in_bfloat16_weights_teacher_and_centre_stay_float32_and_close() -> None
 
 
 def test_without_local_views_global_ones_teach_each_other() -> None:
-    views = MultiCropOptions(num_local=0, global_size=16, local_size=8)
-    run = Run(Choice(views=views)).until(1)
+    crops = CropsConfig(num_local=0, global_size=16, local_size=8)
+    run = Run(Choice(crops=crops)).until(1)
     assert math.isfinite(run.history[0]["train/dino"])
     student = of(run.weights[-1], "student"), of(run.weights[0], "student")
     assert largest_difference(*student) > 1e-3
@@ -402,7 +403,7 @@ def diverged(workers: Workers, accumulate: int) -> str:
     sampler = training.task.loader._batch_sampler
     assert isinstance(sampler, ShardedBatchSampler)
     training.task.loader = train_loader(
-        SpoiltNoise(), spoiling_square, sampler=sampler, options=LoaderOptions()
+        SpoiltNoise(), spoiling_square, sampler=sampler, config=LoaderConfig(loader_workers=0)
     )
     with pytest.raises(TrainingDiverged) as complaint:
         training.until(1)

@@ -9,16 +9,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as one
 
-from pipeline.errors import ConfigError
-from pipeline.pretraining.views import MultiCropOptions, Views, draw_views, make_views
+from pipeline.config.pretraining import CropsConfig
+from pipeline.pretraining.views import Views, draw_views, make_views
 
 SIZE = (52, 44)
-SMALL = MultiCropOptions(num_local=3, global_size=32, local_size=20)
-BUSY = dataclasses.replace(SMALL, blur_prob=(0.5, 0.5, 0.5), solarize_prob=(0.5, 0.5, 0.5))
+SMALL = CropsConfig(num_local=3, global_size=32, local_size=20)
+
+
+def with_others(crops: CropsConfig, **fixed: Any) -> CropsConfig:
+    """The same with other values of what is DINO's own."""
+    kind = type("Others", (type(crops),), {"__module__": __name__, **fixed})
+    others: CropsConfig = kind(**crops.model_dump())
+    return others
+
+
+BUSY = with_others(SMALL, blur_prob=(0.5, 0.5, 0.5), solarize_prob=(0.5, 0.5, 0.5))
 
 ADJUST = (one.adjust_brightness, one.adjust_contrast, one.adjust_saturation, one.adjust_hue)
 
@@ -34,21 +44,19 @@ def photos(num_images: int, size: tuple[int, int] = SIZE) -> Tensor:
 
 def drawn(
     num_images: int,
-    options: MultiCropOptions = SMALL,
+    options: CropsConfig = SMALL,
     size: tuple[int, int] = SIZE,
     seed: int = 0,
 ) -> Views:
     return draw_views(num_images, size, options, torch.Generator().manual_seed(seed))
 
 
-def all_views(images: Tensor, views: Views, options: MultiCropOptions) -> list[Tensor]:
+def all_views(images: Tensor, views: Views, options: CropsConfig) -> list[Tensor]:
     global_views, local_views = make_views(images, views, options)
     return global_views + local_views
 
 
-def slow_view(
-    image: Tensor, views: Views, row: int, number: int, options: MultiCropOptions
-) -> Tensor:
+def slow_view(image: Tensor, views: Views, row: int, number: int, options: CropsConfig) -> Tensor:
     """One view of one image, step by step with torchvision."""
     size = options.global_size if number < 2 else options.local_size
     left, top, width, height = views.box_BV4[row, number].tolist()
@@ -77,7 +85,7 @@ def slow_view(
 
 def test_every_view_of_every_image_is_what_torchvision_makes() -> None:
     # Solarising is left to the next test: it tears values around 0.5 apart.
-    options = dataclasses.replace(BUSY, solarize_prob=(0, 0, 0))
+    options = with_others(BUSY, solarize_prob=(0, 0, 0))
     images, views = photos(24), drawn(24, options)
     global_views, local_views = make_views(images, views, options)
     assert (len(global_views), len(local_views)) == (2, 3)
@@ -90,7 +98,7 @@ def test_every_view_of_every_image_is_what_torchvision_makes() -> None:
 
 
 def test_solarised_views_are_torchvisions() -> None:
-    options = dataclasses.replace(BUSY, mean=(0, 0, 0), std=(1, 1, 1))
+    options = with_others(BUSY, mean=(0, 0, 0), std=(1, 1, 1))
     images, views = photos(24), drawn(24, options)
     chosen = views.solarize_BV
     assert chosen.any()
@@ -152,7 +160,7 @@ def test_global_generators_go_on_as_if_nothing_had_been_drawn() -> None:
 
 
 def test_coins_fall_as_often_as_asked_for_in_each_view() -> None:
-    options = MultiCropOptions(num_local=2)
+    options = CropsConfig(num_local=2)
     views = drawn(6000, options)
     wanted = {
         "flip_BV": [0.5] * 4,
@@ -168,7 +176,7 @@ def test_coins_fall_as_often_as_asked_for_in_each_view() -> None:
 
 
 def test_factors_sigmas_and_orders_fill_their_ranges() -> None:
-    views = drawn(3000, MultiCropOptions(num_local=1, brightness=1.5))
+    views = drawn(3000, with_others(CropsConfig(num_local=1), brightness=1.5))
     # A brightness below 0 is none: the lower end is cut, as in torchvision.
     ranges = [(0.0, 2.5), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1)]
     for number, (low, high) in enumerate(ranges):
@@ -188,14 +196,13 @@ def test_factors_sigmas_and_orders_fill_their_ranges() -> None:
 
 
 def test_with_nothing_drawn_a_view_is_the_image() -> None:
-    plain = MultiCropOptions(
-        num_local=0,
-        global_size=32,
-        global_scale=(1, 1),
+    crops = CropsConfig(
+        num_local=0, global_size=32, global_scale=(1, 1), jitter_prob=0, gray_prob=0
+    )
+    plain = with_others(
+        crops,
         ratio=(1, 1),
         hflip=0,
-        jitter_prob=0,
-        gray_prob=0,
         blur_prob=(0, 0, 0),
         solarize_prob=(0, 0, 0),
         mean=(0, 0, 0),
@@ -235,7 +242,7 @@ def test_views_drawn_for_other_images_are_refused() -> None:
     for images, options in (
         (photos(3), SMALL),
         (photos(2, (44, 52)), SMALL),
-        (photos(2), dataclasses.replace(SMALL, num_local=2)),
+        (photos(2), SMALL.model_copy(update={"num_local": 2})),
     ):
         with pytest.raises(ValueError, match="images must be"):
             make_views(images, drawn(2), options)
@@ -248,15 +255,11 @@ def test_views_drawn_for_other_images_are_refused() -> None:
         ("global_size", 0),
         ("local_scale", (0.4, 0.05)),
         ("global_scale", (0.4, 1.1)),
-        ("ratio", (0.0, 1.0)),
-        ("blur_sigma", (0.0, 2.0)),
-        ("blur_prob", (1.0, 0.1, 1.5)),
-        ("hflip", float("nan")),
-        ("contrast", -0.1),
-        ("hue", 0.6),
-        ("std", (0.2, 0.0, 0.2)),
+        ("global_scale", (0.0, 1.0)),
+        ("jitter_prob", 1.5),
+        ("gray_prob", float("nan")),
     ],
 )
 def test_options_outside_their_range_are_named(name: str, value: Any) -> None:
-    with pytest.raises(ConfigError, match=f"^{name} must be .*, got "):
-        dataclasses.replace(SMALL, **{name: value})
+    with pytest.raises(ValidationError, match=f"\n{name}"):
+        CropsConfig.model_validate({name: value})

@@ -5,7 +5,6 @@ import math
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,8 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline.errors import ConfigError
-from pipeline.tracking import outbox, spool
-from pipeline.tracking.courier import legal_key, legal_path, legal_text
+from pipeline.tracking import delivery
+from pipeline.tracking.delivery import legal_key, legal_path, legal_text
 from pipeline.tracking.tracker import NoTracker, absolute_uri, start_tracker
 from tests.conftest import ROOT
 
@@ -40,12 +39,10 @@ def artifact(uri: str, run_id: str, path: str, folder: Path) -> bytes:
 
 
 def test_everything_logged_is_read_back(mlflow_uri: str, tmp_path: Path) -> None:
-    (tmp_path / "weights.bin").write_bytes(b"w" * 1000)
     (tmp_path / "down").mkdir()
     with start_tracker(
         mlflow_uri,
         experiment="lab",
-        spool=tmp_path / "spool",
         run_name="r1",
         parent_run_id="p" * 32,
     ) as tracker:
@@ -56,11 +53,10 @@ def test_everything_logged_is_read_back(mlflow_uri: str, tmp_path: Path) -> None
         tracker.log_dict({"rows": 3}, "out/_MANIFEST.json")
         tracker.log_text("grüße", "note.txt")
         tracker.log_artifact_bytes(b"\x89PNG", "pictures/grid.png")
-        tracker.log_file(tmp_path / "weights.bin")
+        tracker.log_artifact_bytes(b"w" * 1000, "weights.bin")
         assert tracker.wait_for_run_id(60) is not None
-    delivery = tracker.close()
-    assert (delivery.delivered, delivery.spooled, delivery.lost) == (607, 0, 0)
-    assert not (tmp_path / "spool").exists()
+    told = tracker.close()
+    assert (told.delivered, told.undelivered) == (607, 0)
     run = only_run(mlflow_uri)
     assert run.info.run_id == tracker.run_id
     assert (run.info.run_name, run.info.status) == ("r1", "FINISHED")
@@ -89,7 +85,7 @@ def test_default_store_is_absolute_and_beside_its_artifacts(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copy(empty_mlflow_database, "mlflow.db")
-    with start_tracker(None, experiment="lab", spool=Path("spool")) as tracker:
+    with start_tracker(None, experiment="lab") as tracker:
         tracker.log_text("x", "x.txt")
     run = only_run(f"sqlite:///{tmp_path}/mlflow.db")
     assert run.info.artifact_uri.startswith(f"{tmp_path}/mlartifacts/")
@@ -104,7 +100,7 @@ def test_status_says_how_the_block_ended(
 ) -> None:
     with (
         pytest.raises(fault),
-        start_tracker(mlflow_uri, experiment="lab", spool=tmp_path / "spool"),
+        start_tracker(mlflow_uri, experiment="lab"),
     ):
         raise fault
     assert only_run(mlflow_uri).info.status == status
@@ -113,15 +109,13 @@ def test_status_says_how_the_block_ended(
 def test_resumed_run_goes_on_and_a_changed_parameter_becomes_a_tag(
     mlflow_uri: str, tmp_path: Path
 ) -> None:
-    with start_tracker(mlflow_uri, experiment="lab", spool=tmp_path / "spool") as first:
+    with start_tracker(mlflow_uri, experiment="lab") as first:
         first.log_params({"a": 1, "b": 2})
         first.log_metrics({"loss": 2.0}, step=0)
-    with start_tracker(
-        mlflow_uri, experiment="lab", spool=tmp_path / "spool", run_id=first.run_id
-    ) as second:
+    with start_tracker(mlflow_uri, experiment="lab", known={"run_id": first.run_id}) as second:
         second.log_params({"a": 1, "b": 3, "c": 4})
         second.log_metrics({"loss": 1.0}, step=1)
-    assert second.close().spooled == 0
+    assert second.close().undelivered == 0
     run = only_run(mlflow_uri)
     assert run.data.params == {"a": "1", "b": "2", "c": "4"}
     assert run.data.tags["changed.b"] == "3"
@@ -131,15 +125,55 @@ def test_resumed_run_goes_on_and_a_changed_parameter_becomes_a_tag(
 
 
 def test_resume_of_an_unknown_run_makes_a_new_one(mlflow_uri: str, tmp_path: Path) -> None:
-    with start_tracker(
-        mlflow_uri, experiment="lab", spool=tmp_path / "spool", run_id="0" * 32
-    ) as tracker:
+    with start_tracker(mlflow_uri, experiment="lab", known={"run_id": "0" * 32}) as tracker:
         tracker.log_metrics({"loss": 1.0})
     assert only_run(mlflow_uri).data.metrics == {"loss": 1.0}
 
 
+def finish(uri: str, tag: str, *, steps: range, again: bool = False) -> int:
+    """Tell a finished run as it lies on disk; the number of events that were delivered."""
+    with start_tracker(uri, experiment="lab", known={"tag": tag}, again=again) as tracker:
+        tracker.log_params({"a": 1})
+        for step in steps:
+            tracker.log_metrics({"loss": 1 / (step + 1), "up": math.inf}, step=step)
+        tracker.log_metrics({"best": 0.5})
+        tracker.log_dict({"best": 0.5}, "summary.json")
+        tracker.log_artifact_bytes(b"w" * 1000, "model/weights.bin")
+    assert tracker.close().undelivered == 0
+    return tracker.close().delivered
+
+
+def test_the_same_told_again_sends_what_is_missing_and_doubles_nothing(
+    mlflow_uri: str, tmp_path: Path
+) -> None:
+    finish(mlflow_uri, "t", steps=range(3, 5))
+    before = only_run(mlflow_uri)
+    model = Path(before.info.artifact_uri) / "model" / "weights.bin"
+    written = model.stat().st_mtime_ns
+    (Path(before.info.artifact_uri) / "summary.json").unlink()
+    for _ in range(2):
+        assert finish(mlflow_uri, "t", steps=range(6), again=True) == 11
+        run = only_run(mlflow_uri)
+        steps = metric_steps(mlflow_uri, run.info.run_id, "loss")
+        assert sorted(steps) == [(step, 1 / (step + 1)) for step in range(6)]
+        assert metric_steps(mlflow_uri, run.info.run_id, "best") == [(0, 0.5)]
+        summary = artifact(mlflow_uri, run.info.run_id, "summary.json", tmp_path)
+        assert json.loads(summary) == {"best": 0.5}
+        assert model.stat().st_mtime_ns == written, "a file that MLflow has is not sent"
+        assert (run.info.status, run.info.end_time) == ("FINISHED", before.info.end_time)
+        assert "changed.a" not in run.data.tags
+
+
+def test_a_run_told_again_to_a_store_that_lacks_it_is_made_and_ends(mlflow_uri: str) -> None:
+    for _ in range(2):
+        finish(mlflow_uri, "t", steps=range(3), again=True)
+        run = only_run(mlflow_uri)
+        assert run.info.status == "FINISHED"
+        assert len(metric_steps(mlflow_uri, run.info.run_id, "loss")) == 3
+
+
 def test_what_mlflow_refuses_is_made_legal(mlflow_uri: str, tmp_path: Path) -> None:
-    with start_tracker(mlflow_uri, experiment="lab", spool=tmp_path / "spool") as tracker:
+    with start_tracker(mlflow_uri, experiment="lab") as tracker:
         tracker.log_params({"x" * 300: 1, "long": "ü" * 7000, "a$b": 2, "../up": 3})
         tracker.log_params({f"p{i}": i for i in range(150)})
         tracker.log_metrics({f"m{i}": i for i in range(1200)}, step=7)
@@ -147,7 +181,7 @@ def test_what_mlflow_refuses_is_made_legal(mlflow_uri: str, tmp_path: Path) -> N
         tracker.log_metrics({"loss": math.inf, "up": math.inf, "corloc": None}, step=9)
         tracker.log_metrics({})
         tracker.log_text("x", "../../escape?.txt")
-    assert tracker.close().spooled == 0
+    assert tracker.close().undelivered == 0
     data = only_run(mlflow_uri).data
     assert len(data.params) == 154
     assert data.params["a_b"] == "2"
@@ -233,32 +267,11 @@ def test_environment_uri_is_the_default_as_everywhere_in_mlflow(
 
 
 def test_off_records_nothing(tmp_path: Path) -> None:
-    with start_tracker("off", experiment="lab", spool=tmp_path / "spool") as tracker:
+    with start_tracker("off", experiment="lab") as tracker:
         tracker.log_metrics({"loss": 1.0})
     assert isinstance(tracker, NoTracker)
     assert tracker.run_id is None
     assert list(tmp_path.iterdir()) == []
-
-
-def test_spool_of_a_healthy_run_stays_small(
-    mlflow_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(spool, "COMPACT_BYTES", 10)
-    with start_tracker(mlflow_uri, experiment="lab", spool=tmp_path / "spool") as tracker:
-        tracker.log_metrics({"loss": 2.0}, step=0)
-        (events,) = (tmp_path / "spool").glob("*/events.jsonl")
-        assert tracker.wait_for_run_id(60)
-        for _ in range(600):
-            if events.stat().st_size == 0:
-                break
-            time.sleep(0.05)
-        assert events.stat().st_size == 0
-        tracker.log_metrics({"loss": 1.0}, step=1)
-    assert tracker.close().delivered == 3
-    assert metric_steps(mlflow_uri, only_run(mlflow_uri).info.run_id, "loss") == [
-        (0, 2.0),
-        (1, 1.0),
-    ]
 
 
 class Unreadable:
@@ -269,12 +282,12 @@ class Unreadable:
 def test_values_that_cannot_be_read_cost_only_their_event(
     mlflow_uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with start_tracker(mlflow_uri, experiment="lab", spool=tmp_path / "spool") as tracker:
+    with start_tracker(mlflow_uri, experiment="lab") as tracker:
         tracker.log_params({"a": Unreadable()})
         tracker.log_metrics(None)  # type: ignore[arg-type]
-        tracker.log_file(tmp_path / "missing.bin")
+        tracker.log_text(Unreadable(), "note.txt")  # type: ignore[arg-type]
         tracker.log_metrics({"good": 1})
-    assert tracker.close().lost == 3
+    assert tracker.close().undelivered == 3
     assert len(caplog.messages) == 2, "one warning a minute, and the last word"
     assert only_run(mlflow_uri).data.metrics == {"good": 1.0}
 
@@ -282,35 +295,32 @@ def test_values_that_cannot_be_read_cost_only_their_event(
 def test_full_queue_costs_events_and_says_so(
     mlflow_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outbox, "QUEUE_EVENTS", 0)
-    tracker = start_tracker(mlflow_uri, experiment="lab", spool=tmp_path / "spool")
+    monkeypatch.setattr(delivery, "QUEUE_EVENTS", 0)
+    tracker = start_tracker(mlflow_uri, experiment="lab")
     tracker.log_metrics({"loss": 1.0})
-    delivery = tracker.close()
-    assert delivery.lost == 2
-    assert str(delivery).endswith("2 events lost")
+    told = tracker.close()
+    assert told.undelivered == 2
+    assert str(told).startswith("2 events not delivered to MLflow: the same command run again")
 
 
-def test_spool_that_cannot_be_made_moves_to_a_temporary_folder(
-    mlflow_uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "file").write_text("")
-    with start_tracker(mlflow_uri, experiment="lab", spool=tmp_path / "file" / "spool") as tracker:
-        tracker.log_metrics({"loss": 1})
-    assert "cannot spool to" in caplog.text
+def test_full_queue_is_full_of_bytes_too(mlflow_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delivery, "QUEUE_BYTES", 1000)
+    with start_tracker(mlflow_uri, experiment="lab") as tracker:
+        tracker.log_artifact_bytes(b"w" * 1001, "weights.bin")
+        tracker.log_metrics({"loss": 1.0})
+    assert tracker.close().undelivered == 1
     assert only_run(mlflow_uri).data.metrics == {"loss": 1.0}
 
 
 WORKER = """
 import sys
-import time
-from pathlib import Path
 from pipeline.tracking.tracker import start_tracker
-uri, spool, name = sys.argv[1:4]
-tracker = start_tracker(uri, experiment="lab", spool=Path(spool), run_name=name)
+uri, name = sys.argv[1:3]
+tracker = start_tracker(uri, experiment="lab", run_name=name)
 tracker.wait_for_run_id(120)
 for step in range(50):
     tracker.log_metrics({"loss": step}, step=step)
-sys.exit(tracker.close(timeout_s=60).spooled)
+sys.exit(tracker.close(timeout_s=60).undelivered)
 """
 
 
@@ -324,7 +334,7 @@ def start_worker(*args: str) -> "subprocess.Popen[str]":
 @pytest.mark.slow
 def test_four_processes_share_a_database_that_nobody_made_yet(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/new/mlflow.db"
-    workers = [start_worker(uri, str(tmp_path / "spool"), f"w{i}") for i in range(4)]
+    workers = [start_worker(uri, f"w{i}") for i in range(4)]
     told = [worker.communicate(timeout=150) for worker in workers]
     assert [worker.returncode for worker in workers] == [0] * 4, told
     assert told == [("", "")] * 4, "MLflow's own chatter must not reach the job's output"
