@@ -4,8 +4,10 @@ Heavy libraries are imported where they are used: every test run loads this file
 """
 
 import os
+import secrets
 import shutil
 import subprocess
+import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +15,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+
+# A Ray that is started locally asks for a token; who joins one must have said so before Ray loads.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def pytest_configure() -> None:
+    """One token for every Ray of the tests and all who join one: each process reads it once."""
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex())
 
 
 @pytest.fixture(scope="session")
@@ -45,6 +56,43 @@ def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "vit_tiny.safetensors"
     save_file(network.state_dict(), path)
     return path
+
+
+RAY_HEAD = """
+import sys, ray
+context = ray.init(address="local", include_dashboard=False, log_to_driver=False)
+print(context.address_info["address"], flush=True)
+sys.stdin.read()
+ray.shutdown()
+"""
+
+
+@pytest.fixture(scope="session")
+def ray_address() -> Iterator[str]:
+    """A Ray of this machine that lasts as long as the tests; jobs join it by ``RAY_ADDRESS``.
+
+    It belongs to a process of its own: a job that joins it also leaves it, and its actors end, so
+    that the next one finds all cores free.
+    """
+    # As a job's own local Ray has them: workers inherit both.
+    told = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+    told |= {"RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", RAY_HEAD],
+        cwd=ROOT,
+        env={**os.environ, **told, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    address = process.stdout.readline().strip()
+    assert address, "Ray did not start"
+    yield address
+    process.stdin.close()
+    process.wait(timeout=60)
 
 
 @pytest.fixture(scope="module")

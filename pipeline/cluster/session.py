@@ -1,4 +1,5 @@
-"""A Ray to work on: the cluster of ``RAY_ADDRESS``, or a local one for as long as the job lasts."""
+"""A Ray to work on: the one this process has joined, the cluster of ``RAY_ADDRESS``, or a local one
+for as long as the job lasts."""
 
 import logging
 import os
@@ -17,13 +18,16 @@ from pipeline.errors import ClusterError, one_line
 def ray_session(*, debug: bool = False, dashboard: bool = False) -> Iterator[None]:
     """Join or start Ray, and leave it at the end, whatever happens.
 
-    `ray job submit` sets ``RAY_ADDRESS``; without it a local Ray is started on free ports, so that
+    Where this process has Ray already, as a notebook may, that one is used and left as it is. `ray job submit` sets ``RAY_ADDRESS``; without it a local Ray is started on free ports, so that
     a job never joins by accident the cluster of somebody else on this machine. ``dashboard`` is of
     that local one alone: a cluster has its own.
 
     Raises:
         ClusterError: the cluster cannot be reached, or a local one cannot be started.
     """
+    if ray.is_initialized():
+        yield
+        return
     address = os.environ.get("RAY_ADDRESS") or "local"
     # Told to Ray before it starts; both can be overridden from outside.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -42,6 +46,7 @@ def ray_session(*, debug: bool = False, dashboard: bool = False) -> Iterator[Non
                 logging_level=logging.INFO if debug else logging.ERROR,
                 log_to_driver=debug,
                 include_dashboard=dashboard if address == "local" else None,
+                runtime_env={"worker_process_setup_hook": _name_own_ray} if dashboard else None,
             )
     except (ConnectionError, RuntimeError, ValueError) as fault:
         raise ClusterError(
@@ -53,6 +58,15 @@ def ray_session(*, debug: bool = False, dashboard: bool = False) -> Iterator[Non
         yield
     finally:
         ray.shutdown()
+
+
+def _name_own_ray() -> None:
+    """Tell a worker which Ray it is of.
+
+    Whoever asks the dashboard, as Ray Train's clean-up does, looks for the one Ray of this machine
+    otherwise, and gives up where there are two.
+    """
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
 
 
 @contextmanager

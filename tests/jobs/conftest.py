@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import ROOT
+from tests.jobs.here import run_here
 
 SIZES = [(96, 64), (64, 96), (80, 80)]
 
@@ -45,8 +46,8 @@ def run_script(job: Path, *args: object, **environment: str) -> "subprocess.Comp
 class LabelJobs:
     """Starts labelling jobs as a user does, and knows how to kill them."""
 
-    def __init__(self, weights: Path, folder: Path) -> None:
-        self.weights, self.folder = weights, folder
+    def __init__(self, weights: Path, folder: Path, ray_address: str) -> None:
+        self.weights, self.folder, self.ray_address = weights, folder, ray_address
 
     def command(self, images: str | Path, output: str | Path, *flags: str) -> list[str]:
         """The command line of a job over ``images`` with the tiny network."""
@@ -63,19 +64,12 @@ class LabelJobs:
     def run(
         self, images: str | Path, output: str | Path, *flags: str, **env: str
     ) -> "subprocess.CompletedProcess[str]":
-        """Run a job to its end."""
-        return subprocess.run(
-            self.command(images, output, *flags),
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, **env},
-            timeout=300,
-        )
+        """Run a job to its end in this process, on the tests' Ray."""
+        _, job, *args = self.command(images, output, *flags)
+        return run_here(ROOT / job, *args, **{"RAY_ADDRESS": self.ray_address, **env})
 
     def start(self, images: Path, output: Path, *flags: str) -> "subprocess.Popen[str]":
-        """Start a job and return while it runs."""
+        """Start a job as a process with a Ray of its own, and return while it runs."""
         log = (self.folder / f"job-{time.monotonic_ns()}.log").open("w")
         return subprocess.Popen(
             self.command(images, output, *flags), cwd=ROOT, stdout=log, stderr=log, text=True
@@ -122,13 +116,13 @@ def tiny_detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def detect_jobs(tiny_detector: Path, tmp_path: Path) -> DetectJobs:
-    return DetectJobs(tiny_detector, tmp_path)
+def detect_jobs(tiny_detector: Path, tmp_path: Path, ray_address: str) -> DetectJobs:
+    return DetectJobs(tiny_detector, tmp_path, ray_address)
 
 
 @pytest.fixture
-def label_jobs(tiny_weights: Path, tmp_path: Path) -> LabelJobs:
-    return LabelJobs(tiny_weights, tmp_path)
+def label_jobs(tiny_weights: Path, tmp_path: Path, ray_address: str) -> LabelJobs:
+    return LabelJobs(tiny_weights, tmp_path, ray_address)
 
 
 def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
@@ -165,3 +159,9 @@ def kill(process: "subprocess.Popen[str]") -> None:
     # minute, and does nothing else, before it gives up.
     _, alive = psutil.wait_procs(below, timeout=90)
     assert not alive, f"outlived the driver: {alive}"
+
+
+@pytest.fixture
+def on_tests_ray(ray_address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs join the tests' Ray, in this process and in others."""
+    monkeypatch.setenv("RAY_ADDRESS", ray_address)

@@ -52,10 +52,12 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(photos: Path, tiny_detector: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def found(
+    photos: Path, tiny_detector: Path, tmp_path_factory: pytest.TempPathFactory, ray_address: str
+) -> Path:
     """The table of an uninterrupted run."""
     output = tmp_path_factory.mktemp("uninterrupted") / "found"
-    done = DetectJobs(tiny_detector, output.parent).run(photos, output, *SMALL_BLOCKS)
+    done = DetectJobs(tiny_detector, output.parent, ray_address).run(photos, output, *SMALL_BLOCKS)
     assert done.returncode == 0, done.stderr
     assert "found 23 images" in done.stdout
     return output

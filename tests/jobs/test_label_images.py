@@ -48,10 +48,10 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def uninterrupted(
-    photos: Path, tiny_weights: Path, tmp_path_factory: pytest.TempPathFactory
+    photos: Path, tiny_weights: Path, tmp_path_factory: pytest.TempPathFactory, ray_address: str
 ) -> pa.Table:
     output = tmp_path_factory.mktemp("uninterrupted") / "labels"
-    done = LabelJobs(tiny_weights, output.parent).run(photos, output, *SMALL_BLOCKS)
+    done = LabelJobs(tiny_weights, output.parent, ray_address).run(photos, output, *SMALL_BLOCKS)
     assert done.returncode == 0, done.stderr
     return comparable(output)
 

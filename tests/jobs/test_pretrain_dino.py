@@ -1,4 +1,4 @@
-"""Whole DINO runs as processes: killed, continued, shared, told again, and what is made of them."""
+"""Whole DINO runs: killed, continued, shared, told again, and what is made of them."""
 
 import hashlib
 import json
@@ -25,7 +25,8 @@ from pipeline.scenes.scenes import write_collection
 from pipeline.storage import Location
 from tests.conftest import ROOT
 from tests.jobs import training
-from tests.jobs.conftest import kill, run_script, wait_for
+from tests.jobs.conftest import kill, wait_for
+from tests.jobs.here import run_here
 
 EPOCHS = 4
 # A resumed run repeats the same sums.
@@ -86,7 +87,7 @@ def watched_command(
 @pytest.fixture(scope="module")
 def uninterrupted(watched_command: list[str]) -> Path:
     """The output of a run that nothing happened to, without Ray."""
-    done = training.finish(watched_command)
+    done = training.here(watched_command)
     assert done.returncode == 0, done.stderr
     return Path(watched_command[watched_command.index("--output") + 1])
 
@@ -96,7 +97,7 @@ def half(material: Material, uninterrupted: Path, tmp_path_factory: pytest.TempP
     """The same run, told again with a teacher of 16-bit floats."""
     output = tmp_path_factory.mktemp("half") / "whole"
     shutil.copytree(uninterrupted, output)
-    done = training.finish(training.pretraining(material.photos, output, "--half"))
+    done = training.here(training.pretraining(material.photos, output, "--half"))
     assert done.returncode == 0, done.stderr
     assert "finished already" in done.stdout
     return output
@@ -126,7 +127,7 @@ def label(
     images: Path, output: Path, checkpoint: Path, *flags: str
 ) -> "subprocess.CompletedProcess[str]":
     """Label with a file of weights, whose network is not named."""
-    return training.finish(
+    return training.here(
         [
             *(sys.executable, "jobs/label_images.py", "--images", str(images)),
             *("--output", str(output), "--backbone.checkpoint", str(checkpoint)),
@@ -172,7 +173,7 @@ def test_the_same_command_tells_a_finished_run_again(
     checkpoints = training.run_folder(uninterrupted) / "checkpoints"
     before = {path: path.stat().st_mtime_ns for path in checkpoints.iterdir()}
     (uninterrupted / "teacher.safetensors").unlink()
-    done = training.finish(watched_command)
+    done = training.here(watched_command)
     assert done.returncode == 0, done.stderr
     assert "finished already" in done.stdout
     assert f"teacher  {uninterrupted / 'teacher.safetensors'}" in done.stdout
@@ -239,6 +240,7 @@ def test_a_classifier_starts_from_the_teacher(
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.usefixtures("on_tests_ray")
 def test_the_labeller_takes_the_teacher_unnamed_and_finds_what_the_probe_found(
     material: Material, uninterrupted: Path, tmp_path: Path
 ) -> None:
@@ -251,7 +253,7 @@ def test_the_labeller_takes_the_teacher_unnamed_and_finds_what_the_probe_found(
     assert manifest.rows == 12
     truth = material.scenes / "instances.json"
     evaluate = ROOT / "jobs" / "evaluate_boxes.py"
-    measured = run_script(evaluate, "--labels", labels, "--ground-truth", truth)
+    measured = run_here(evaluate, "--labels", labels, "--ground-truth", truth)
     found = json.loads(measured.stdout.splitlines()[-1])
     assert found["hits"] == round(12 * summary(uninterrupted)["metrics"]["probe/corloc_last"])
 
@@ -284,6 +286,7 @@ def test_a_half_teacher_is_the_teacher_rounded_in_half_the_size(
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.usefixtures("on_tests_ray")
 def test_a_half_teacher_labels_too(material: Material, half: Path, tmp_path: Path) -> None:
     labels = tmp_path / "labels"
     done = label(material.scenes / "images" / "square", labels, half / "teacher.safetensors")
@@ -301,7 +304,7 @@ def test_a_killed_driver_goes_on_to_the_teacher_of_an_uninterrupted_run(
     kill(process)
     assert 2 <= training.epochs_done(output) < EPOCHS
     assert not (output / "teacher.safetensors").exists()
-    done = training.finish(command)
+    done = training.here(command)
     assert done.returncode == 0, done.stderr
     assert "going on after epoch" in done.stdout
     assert apart(uninterrupted, output) <= SAME
@@ -327,11 +330,12 @@ def test_a_killed_ray_worker_is_replaced_and_the_teacher_is_the_same(
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.usefixtures("on_tests_ray")
 def test_two_ray_workers_train_the_teacher_of_one(
     material: Material, uninterrupted: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "two"
-    done = training.finish(training.pretraining(material.photos, output, "--num-workers", "2"))
+    done = training.here(training.pretraining(material.photos, output, "--num-workers", "2"))
     assert done.returncode == 0, done.stderr
     assert summary(output)["num_workers"] == 2
     assert apart(uninterrupted, output) <= REORDERED

@@ -56,7 +56,7 @@ def test_a_run_that_cannot_be_is_refused_in_one_line_and_leaves_no_folder(
 ) -> None:
     refusal, output = REFUSALS[case], tmp_path / "runs"
     flags = [flag.format(bad=bad) for flag in refusal.flags]
-    done = training.finish(training.pretraining(bad / refusal.images, output, *flags))
+    done = training.here(training.pretraining(bad / refusal.images, output, *flags))
     assert done.returncode == refusal.code, done.stderr
     (line,) = done.stderr.splitlines()
     assert refusal.told in line

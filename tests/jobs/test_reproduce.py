@@ -12,7 +12,8 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.jobs import training
-from tests.jobs.conftest import run_script, wait_for
+from tests.jobs.conftest import wait_for
+from tests.jobs.here import run_here
 
 JOB = ROOT / "jobs" / "reproduce.py"
 ROW = ("--table", "drloc-4", "--scale", "small", "--rows", "flowers102-swin-drloc")
@@ -40,7 +41,7 @@ def rows_of(output: Path) -> dict[str, dict[str, str]]:
 
 
 def test_a_dry_run_tells_the_runs_and_leaves_none(pictures: Path, tmp_path: Path) -> None:
-    done = training.finish(command(pictures, tmp_path / "out", "--dry-run"))
+    done = training.here(command(pictures, tmp_path / "out", "--dry-run"))
     assert done.returncode == 0, done.stderr
     assert "flowers102-swin-base             flowers102, Swin-T, no DRLoc: 1 runs, 0 done" in (
         done.stdout
@@ -51,13 +52,13 @@ def test_a_dry_run_tells_the_runs_and_leaves_none(pictures: Path, tmp_path: Path
 
 
 def test_a_row_that_is_none_of_the_tables_is_refused(tmp_path: Path) -> None:
-    done = run_script(JOB, "--table", "drloc-2a", "--rows", "m65", "--output", tmp_path)
+    done = run_here(JOB, "--table", "drloc-2a", "--rows", "m65", "--output", tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("ConfigError: --rows m65 is none of the table's: m0, m32, m64")
 
 
 def test_a_table_without_any_data_is_written_with_every_row_marked(tmp_path: Path) -> None:
-    done = run_script(JOB, "--table", "solost-4", "--output", tmp_path)
+    done = run_here(JOB, "--table", "solost-4", "--output", tmp_path)
     assert done.returncode == 0, done.stderr
     report = tmp_path / "reports" / "solost-4-paper"
     rows = list(csv.DictReader((report / "table.csv").read_text().splitlines()))
@@ -81,7 +82,7 @@ def test_after_a_sigkill_the_same_command_repeats_no_finished_run(
     _, alive = psutil.wait_procs(children, timeout=30)
     assert not alive, "runs go on without the process that started them"
     before = summaries(output)
-    done = training.finish(command(pictures, output))
+    done = training.here(command(pictures, output))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 of 2 runs are done already" in done.stdout
     after = summaries(output)
@@ -91,11 +92,11 @@ def test_after_a_sigkill_the_same_command_repeats_no_finished_run(
     assert rows["flowers102-swin-drloc"]["state"] == "ok"
     assert rows["flowers102-swin-drloc"]["num_pairs"] == "1"
     assert rows["svhn-swin-drloc"]["state"] == "no data at hand (--data.svhn PATH)"
-    again = training.finish(command(pictures, output))
+    again = training.here(command(pictures, output))
     assert "2 of 2 runs are done already" in again.stdout
     assert summaries(output) == after
     assert "CUT SHORT to 1 epochs" in again.stdout
-    planned = training.finish(command(pictures, output, "--dry-run", seeds=3))
+    planned = training.here(command(pictures, output, "--dry-run", seeds=3))
     assert re.search(r"train_classifier +4 runs; 4 take \d+s, as", planned.stdout), planned.stdout
 
 
@@ -106,7 +107,7 @@ def test_when_all_runs_fail_it_ends_with_one_line_and_the_table(
     output = tmp_path / "out"
     empty = tmp_path / "empty"
     empty.mkdir()
-    done: subprocess.CompletedProcess[str] = training.finish(command(empty, output))
+    done: subprocess.CompletedProcess[str] = training.here(command(empty, output))
     assert done.returncode == 9
     (line,) = done.stderr.splitlines()
     assert line.startswith("AllTrialsFailed: all 2 runs failed, the first with: DataError: ")
@@ -115,6 +116,7 @@ def test_when_all_runs_fail_it_ends_with_one_line_and_the_table(
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.usefixtures("on_tests_ray")
 def test_boxes_of_the_shipped_network_are_compared_over_photos(tmp_path: Path) -> None:
     from pipeline.scenes.scenes import write_collection
 
@@ -123,7 +125,7 @@ def test_boxes_of_the_shipped_network_are_compared_over_photos(tmp_path: Path) -
     where = ("--data.voc07", str(scenes), "--output", str(tmp_path / "out"))
     rows = ("--rows", "voc07-vit-nano8-solost", "--num-images", "10", "--tracking-uri", "off")
     line = [sys.executable, str(JOB), "--table", "solost-4", "--scale", "small", *rows, *where]
-    done = training.finish(line)
+    done = training.here(line)
     assert done.returncode == 0, done.stdout + done.stderr
     table = tmp_path / "out" / "reports" / "solost-4-small-first10" / "table.csv"
     found = {row["row"]: row for row in csv.DictReader(table.read_text().splitlines())}
@@ -137,6 +139,7 @@ def test_boxes_of_the_shipped_network_are_compared_over_photos(tmp_path: Path) -
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.usefixtures("on_tests_ray")
 def test_detectors_are_trained_on_boxes_and_measured_on_other_photos(
     shared: Path, tmp_path: Path
 ) -> None:
@@ -145,7 +148,7 @@ def test_detectors_are_trained_on_boxes_and_measured_on_other_photos(
     cut = ("--num-images", "8", "--epochs", "1", "--seeds", "2", "--tracking-uri", "off")
     rows = ("--scale", "small", "--rows", "voc07-test-ap50-lost")
     line = [sys.executable, str(JOB), "--table", "cad-5", *rows, *where, *cut]
-    done = training.finish(line)
+    done = training.here(line)
     assert done.returncode == 0, done.stdout + done.stderr
     table = tmp_path / "reports" / "cad-5-small-epochs1-first8" / "table.csv"
     found = {row["row"]: row for row in csv.DictReader(table.read_text().splitlines())}

@@ -1,4 +1,4 @@
-"""Whole training runs as processes: killed, continued, shared, told again, exported."""
+"""Whole training runs: killed, continued, shared, told again, exported."""
 
 import json
 import signal
@@ -25,6 +25,19 @@ def uninterrupted(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     """A run that nothing happened to, without Ray."""
     output = tmp_path_factory.mktemp("runs") / "whole"
     done = training.run(pictures, output, "--num-workers", "0")
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+# Of runs that are shared: stochastic depth draws per worker, so it is off.
+SHARED = ("--model.drop-path", "0")
+
+
+@pytest.fixture(scope="module")
+def of_one(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that could be shared, by one process."""
+    output = tmp_path_factory.mktemp("one") / "run"
+    done = training.run(pictures, output, "--num-workers", "0", *SHARED)
     assert done.returncode == 0, done.stderr
     return output
 
@@ -87,23 +100,23 @@ def test_a_killed_ray_worker_is_replaced_and_the_weights_are_the_same(
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_two_ray_workers_train_the_weights_of_one(pictures: Path, tmp_path: Path) -> None:
-    # Stochastic depth draws per worker: it is off in both.
-    flags = ("--model.drop-path", "0")
-    alone, together = tmp_path / "alone", tmp_path / "two"
-    one = training.run(pictures, alone, "--num-workers", "0", *flags)
-    two = training.run(pictures, together, "--num-workers", "2", *flags)
-    assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
-    assert training.weights_apart(alone, together) <= REORDERED
+@pytest.mark.usefixtures("on_tests_ray")
+def test_two_ray_workers_train_the_weights_of_one(
+    pictures: Path, of_one: Path, tmp_path: Path
+) -> None:
+    done = training.run(pictures, tmp_path / "two", "--num-workers", "2", *SHARED)
+    assert done.returncode == 0, done.stderr
+    assert training.weights_apart(of_one, tmp_path / "two") <= REORDERED
 
 
 @pytest.mark.slow
-def test_torchrun_trains_the_weights_of_one_process(pictures: Path, tmp_path: Path) -> None:
-    flags = ("--model.drop-path", "0", "--num-workers", "0")
-    assert training.run(pictures, tmp_path / "alone", *flags).returncode == 0
+def test_torchrun_trains_the_weights_of_one_process(
+    pictures: Path, of_one: Path, tmp_path: Path
+) -> None:
+    flags = ("--num-workers", "0", *SHARED)
     done = training.finish(training.torchrun(training.command(pictures, tmp_path / "two", *flags)))
     assert done.returncode == 0, done.stderr
-    assert training.weights_apart(tmp_path / "alone", tmp_path / "two") <= REORDERED
+    assert training.weights_apart(of_one, tmp_path / "two") <= REORDERED
 
 
 def test_a_second_run_in_the_same_folder_is_refused(pictures: Path, tmp_path: Path) -> None:
@@ -123,6 +136,7 @@ def test_a_second_run_in_the_same_folder_is_refused(pictures: Path, tmp_path: Pa
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.usefixtures("on_tests_ray")
 def test_a_loss_that_is_not_finite_ends_ray_workers_at_once_with_code_8(
     pictures: Path, tmp_path: Path
 ) -> None:
@@ -152,6 +166,7 @@ def test_the_same_command_with_detect_anomaly_names_the_images_of_the_same_step(
     assert all((pictures / name).is_file() for name in names[:-1]), names
 
 
+@pytest.mark.usefixtures("on_tests_ray")
 def test_more_workers_than_cores_are_refused_with_the_remedy(
     pictures: Path, tmp_path: Path
 ) -> None:

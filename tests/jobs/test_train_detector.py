@@ -1,4 +1,4 @@
-"""Whole detector runs as processes: killed, continued, shared, refused, and their rounds."""
+"""Whole detector runs: killed, continued, shared, refused, and their rounds."""
 
 import json
 import sys
@@ -59,7 +59,7 @@ def watched_command(material: Material, tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture(scope="module")
 def uninterrupted(watched_command: list[str]) -> Path:
     """The output of a run that nothing happened to, without Ray."""
-    done = training.finish(watched_command)
+    done = training.here(watched_command)
     assert done.returncode == 0, done.stderr
     return Path(watched_command[watched_command.index("--output") + 1])
 
@@ -97,7 +97,7 @@ def test_the_same_command_tells_a_finished_run_again(
     checkpoints = training.run_folder(uninterrupted) / "checkpoints"
     before = {path: path.stat().st_mtime_ns for path in checkpoints.iterdir()}
     (uninterrupted / "model.safetensors").unlink()
-    done = training.finish(watched_command)
+    done = training.here(watched_command)
     assert done.returncode == 0, done.stderr
     assert "finished already" in done.stdout
     corloc = summary(training.run_folder(uninterrupted))["metrics"]["probe/corloc_last"]
@@ -117,7 +117,7 @@ def test_a_killed_driver_goes_on_to_the_weights_of_an_uninterrupted_run(
     kill(process)
     assert 1 <= training.epochs_done(output) < WINDOWS
     assert not (output / "config.json").exists()
-    done = training.finish(command)
+    done = training.here(command)
     assert done.returncode == 0, done.stderr
     assert apart(uninterrupted, output) <= SAME
 
@@ -159,18 +159,19 @@ def sharing(squares: Material, output: Path, *flags: str) -> list[str]:
 def of_one(squares: Material, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output of such a run by one process."""
     output = tmp_path_factory.mktemp("one") / "run"
-    done = training.finish(sharing(squares, output))
+    done = training.here(sharing(squares, output))
     assert done.returncode == 0, done.stderr
     return output
 
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.usefixtures("on_tests_ray")
 def test_two_ray_workers_train_the_detector_of_one(
     squares: Material, of_one: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "two"
-    done = training.finish(sharing(squares, output, "--num-workers", "2"))
+    done = training.here(sharing(squares, output, "--num-workers", "2"))
     assert done.returncode == 0, done.stderr
     assert summary(training.run_folder(output))["num_workers"] == 2
     assert apart(of_one, output) <= REORDERED
@@ -191,13 +192,14 @@ def test_torchrun_trains_the_detector_of_one_process(
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.usefixtures("on_tests_ray")
 def test_a_second_round_learns_from_what_the_first_one_found_too(
     material: Material, tmp_path: Path
 ) -> None:
     output = tmp_path / "rounds"
     # A detector this young is sure of nothing.
     flags = ("--rounds", "2", "--self-training.min-score", "0.1")
-    done = training.finish(detecting(material, output, *flags))
+    done = training.here(detecting(material, output, *flags))
     assert done.returncode == 0, done.stderr
     assert "round 1 of 2" in done.stdout
     assert "round 2 of 2" in done.stdout
@@ -214,7 +216,7 @@ def test_a_second_round_learns_from_what_the_first_one_found_too(
     assert summary(second)["started_from"]["source"] == str(first / "model")
     model = (second / "model" / "model.safetensors").read_bytes()
     assert (output / "model.safetensors").read_bytes() == model
-    again = training.finish(detecting(material, output, *flags))
+    again = training.here(detecting(material, output, *flags))
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("finished already") >= 2
 
@@ -222,7 +224,7 @@ def test_a_second_round_learns_from_what_the_first_one_found_too(
 def test_rounds_are_refused_under_torchrun(material: Material, tmp_path: Path) -> None:
     output = tmp_path / "rounds"
     # As torchrun tells its processes; a second one would only wait for the first.
-    done = training.finish(detecting(material, output, "--rounds", "2"), WORLD_SIZE="1")
+    done = training.here(detecting(material, output, "--rounds", "2"), WORLD_SIZE="1")
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith("ConfigError: --rounds must be 1 under torchrun, got 2")
@@ -234,7 +236,7 @@ def test_a_table_without_a_usable_box_is_refused_in_one_line_and_leaves_no_folde
 ) -> None:
     mine = copy_of(material, tmp_path)
     write_table(mine.labels, rows_of(mine, boxes=[[5.0, 5.0, 5.0, 9.0]]))
-    done = training.finish(detecting(mine, tmp_path / "runs"))
+    done = training.here(detecting(mine, tmp_path / "runs"))
     assert done.returncode == 3, done.stderr
     (line,) = done.stderr.splitlines()
     assert "got none in 12 rows (left out: images: 12 no_usable_box; boxes: 12 degenerate)" in line
@@ -244,7 +246,7 @@ def test_a_table_without_a_usable_box_is_refused_in_one_line_and_leaves_no_folde
 def test_a_rate_that_blows_up_ends_in_one_line_and_exit_code_8(
     material: Material, tmp_path: Path
 ) -> None:
-    done = training.finish(detecting(material, tmp_path / "runs", "--optim.lr", "1e30"))
+    done = training.here(detecting(material, tmp_path / "runs", "--optim.lr", "1e30"))
     assert done.returncode == 8, done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith("TrainingDiverged: loss or gradient is not finite at epoch 1, step ")

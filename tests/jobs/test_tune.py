@@ -1,4 +1,4 @@
-"""Whole sweeps as processes on a real local Ray: killed, continued, with trials that die."""
+"""Whole sweeps on a real local Ray: killed, continued, with trials that die."""
 
 import json
 import signal
@@ -38,7 +38,7 @@ def lines(sweep: Path, name: str = "trials.jsonl") -> list[dict[str, Any]]:
 
 def test_a_wrong_space_is_told_in_one_line_before_anything_starts(tmp_path: Path) -> None:
     space = spaces.write(tmp_path, "METRIC = 'm'")
-    done = training.finish(command(space, tmp_path / "sweeps"))
+    done = training.here(command(space, tmp_path / "sweeps"))
     assert done.returncode == 2
     assert done.stderr.startswith("ConfigError: --space space: JOB must be one of classifier")
     assert not (tmp_path / "sweeps").exists()
@@ -46,10 +46,11 @@ def test_a_wrong_space_is_told_in_one_line_before_anything_starts(tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.usefixtures("on_tests_ray")
 def test_a_trial_whose_process_is_killed_is_noted_and_the_others_are_run(tmp_path: Path) -> None:
     space = spaces.write(tmp_path, spaces.KILLING)
     flags = ("--search", "grid", "--name", "s")
-    done = training.finish(command(space, tmp_path, *flags))
+    done = training.here(command(space, tmp_path, *flags))
     assert done.returncode == 0, done.stderr
     reasons = {one["values"]["fault"]: one["reason"] for one in lines(tmp_path / "s")}
     assert reasons == {
@@ -60,17 +61,18 @@ def test_a_trial_whose_process_is_killed_is_noted_and_the_others_are_run(tmp_pat
         "none": None,
     }
     assert not list((tmp_path / "s").glob("_ray-*"))
-    again = training.finish(command(space, tmp_path, *flags))
+    again = training.here(command(space, tmp_path, *flags))
     assert again.returncode == 5
     assert "holds a sweep already: --resume s goes on with it" in again.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.usefixtures("on_tests_ray")
 def test_asha_stops_the_trials_that_are_behind_and_ends(tmp_path: Path) -> None:
     space = spaces.write(tmp_path, spaces.FALLING)
     flags = ("--search", "grid", "--scheduler", "asha", "--max-concurrent", "1", "--name", "s")
-    done = training.finish(command(space, tmp_path, *flags))
+    done = training.here(command(space, tmp_path, *flags))
     assert done.returncode == 0, done.stderr
     found = lines(tmp_path / "s")
     assert len(found) == 8
@@ -84,8 +86,11 @@ def test_asha_stops_the_trials_that_are_behind_and_ends(tmp_path: Path) -> None:
 @pytest.mark.ray
 @pytest.mark.parametrize("times", [1, 3])
 def test_a_sweep_killed_again_and_again_loses_no_trial_and_repeats_none(
-    tmp_path: Path, times: int
+    tmp_path: Path, times: int, request: pytest.FixtureRequest
 ) -> None:
+    if times > 1:
+        # Killed once, the sweep takes a Ray of its own with it; again and again, it leaves one.
+        request.getfixturevalue("on_tests_ray")
     space, sweep = spaces.write(tmp_path, SLOW), tmp_path / "s"
     flags: tuple[str, ...] = ("--num-samples", "14", "--name", "s", "--max-concurrent", "2")
     for number in range(1, times + 1):
@@ -95,7 +100,7 @@ def test_a_sweep_killed_again_and_again_loses_no_trial_and_repeats_none(
         kept = lines(sweep)
         assert len(kept) < 14
         flags = ("--resume", "s", "--max-concurrent", "2")
-    done = training.finish(command(space, tmp_path, *flags))
+    done = training.here(command(space, tmp_path, *flags))
     assert done.returncode == 0, done.stderr
     assert f"going on after {len(kept)} trials" in done.stdout
     found = lines(sweep)
@@ -107,8 +112,13 @@ def test_a_sweep_killed_again_and_again_loses_no_trial_and_repeats_none(
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.usefixtures("ray_address")
 def test_trials_of_two_workers_are_stopped_and_their_workers_make_room(tmp_path: Path) -> None:
-    """On two cores each trial needs both: one whose workers outlived it would hang the next."""
+    """On two cores each trial needs both: one whose workers outlived it would hang the next.
+
+    The sweep has a Ray of its own, and the tests' is the second one of this machine: Ray's clean-up
+    must know whose it is.
+    """
     pictures = training.write_classes(tmp_path / "pictures")
     source = CLASSIFIER.replace("[0.003]", "[0.003, 1e-7, 2e-7]")
     space, sweep = spaces.write(tmp_path, source), tmp_path / "s"
@@ -139,7 +149,7 @@ def test_a_killed_sweeps_training_run_goes_on_from_its_checkpoint(tmp_path: Path
     assert lines(sweep) == []
     history = training.run_folder(sweep / "runs") / "history.jsonl"
     before = history.read_text().splitlines()[:1]
-    done = training.finish(command(space, tmp_path, "--resume", "s", *here))
+    done = training.here(command(space, tmp_path, "--resume", "s", *here))
     assert done.returncode == 0, done.stderr
     (trial,) = lines(sweep)
     assert (trial["status"], trial["epochs"]) == ("ok", 6)
@@ -155,7 +165,7 @@ def test_a_sweep_that_is_at_work_is_left_alone(tmp_path: Path) -> None:
     try:
         wait_for(lambda: len(lines(sweep)) >= 1, process)
         process.send_signal(signal.SIGSTOP)
-        done = training.finish(command(space, tmp_path, "--resume", "s", *here))
+        done = training.here(command(space, tmp_path, "--resume", "s", *here))
     finally:
         psutil.Process(process.pid).kill()
         process.wait()

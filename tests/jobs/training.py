@@ -1,4 +1,4 @@
-"""Small runs of the training jobs, as processes, for tests that stop and compare them."""
+"""Small runs of the training jobs, for tests that stop and compare them."""
 
 import os
 import signal
@@ -16,6 +16,7 @@ from pipeline.storage import Location
 from pipeline.training.checkpoints import CheckpointStore
 from tests.conftest import ROOT
 from tests.jobs.conftest import processes_below
+from tests.jobs.here import run_here
 
 NARROW = "{embed_dim: 16, depths: [1, 1], num_heads: [1, 2], window_size: 4}"
 
@@ -94,8 +95,19 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", **more}
 
 
+def here(line: Sequence[str], **env: str) -> "subprocess.CompletedProcess[str]":
+    """Run a command to its end in this process, with one thread too."""
+    _, job, *flags = line
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return run_here(ROOT / job, *flags, **{"OMP_NUM_THREADS": "1", **env})
+    finally:
+        torch.set_num_threads(threads)
+
+
 def finish(line: Sequence[str], **env: str) -> "subprocess.CompletedProcess[str]":
-    """Run a command to its end."""
+    """Run a command to its end as a process."""
     return subprocess.run(
         line,
         cwd=ROOT,
@@ -121,12 +133,12 @@ def begin(line: Sequence[str], log_file: Path) -> "subprocess.Popen[str]":
 
 
 def run(data: Path, output: Path, *flags: str, **env: str) -> "subprocess.CompletedProcess[str]":
-    """Train a classifier to the end."""
-    return finish(command(data, output, *flags), **env)
+    """Train a classifier to the end, in this process."""
+    return here(command(data, output, *flags), **env)
 
 
 def start(data: Path, output: Path, *flags: str) -> "subprocess.Popen[str]":
-    """Begin to train a classifier; the lines go to OUTPUT.log."""
+    """Begin to train a classifier as a process; the lines go to OUTPUT.log."""
     return begin(command(data, output, *flags), output.with_suffix(".log"))
 
 
