@@ -26,6 +26,11 @@ def pytest_configure() -> None:
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex())
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole jobs first: files are handed out in this order, and none should be alone at the end."""
+    items.sort(key=lambda item: "tests/jobs/" not in item.nodeid)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Golden outputs, real photos and weights beside the repository; users do not have them."""

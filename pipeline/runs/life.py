@@ -147,7 +147,7 @@ class TrainingRun:
     def _tell_again(self, finished: Mapping[str, Any]) -> None:
         self.outside.tell(f"{self.folder.place} is finished already: these are its results")
         with open_job_tracker(self.job, self.folder, again=True) as tracker:
-            log_settings(tracker, self.job, self.tags())
+            log_settings(tracker, self.job, {**self.tags(), "patchseed.finished": "true"})
             tracker.set_tags(_data_tags(finished))
             log_history(tracker, self.folder.history())
             log_results(tracker, self.folder, finished)
