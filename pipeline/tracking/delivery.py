@@ -68,7 +68,7 @@ class Delivery:
 
 
 @dataclass(frozen=True)
-class Run:
+class MlflowRun:
     """The MLflow run that events belong to."""
 
     experiment: str
@@ -200,7 +200,7 @@ class Outbox:
 class Courier:
     """Takes events to one MLflow run; its methods raise whatever MLflow raises."""
 
-    def __init__(self, run: Run, connect: Callable[[], tuple[Any, Any]]) -> None:
+    def __init__(self, run: MlflowRun, connect: Callable[[], tuple[Any, Any]]) -> None:
         """Prepare; nothing is reached yet. ``connect`` gives a client and mlflow.entities."""
         self.run_id: str | None = None
         self.run_known = threading.Event()

@@ -29,7 +29,7 @@ from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pipeline.errors import ConfigError, without_secrets
-from pipeline.tracking.delivery import Courier, Delivery, Event, Outbox, Run
+from pipeline.tracking.delivery import Courier, Delivery, Event, MlflowRun, Outbox
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -126,7 +126,7 @@ class NoTracker(Tracker):
 class MlflowTracker(Tracker):
     """Records in MLflow by way of an outbox; ``start_tracker`` makes it."""
 
-    def __init__(self, run: Run, courier: Courier) -> None:
+    def __init__(self, run: MlflowRun, courier: Courier) -> None:
         self.tag = run.tag
         self._patience = AGAIN_SECONDS if run.again else CLOSE_SECONDS
         self._outbox = Outbox(courier)
@@ -182,7 +182,7 @@ def start_tracker(
     if not experiment.strip() or len(experiment) > 500:
         raise ConfigError(f"experiment must have 1 to 500 characters, got {experiment[:60]!r}")
     experiment, known = without_secrets(experiment), known or {}
-    run = Run(
+    run = MlflowRun(
         experiment=experiment,
         tag=known.get("tag") or uuid.uuid4().hex,
         name=run_name and without_secrets(run_name)[:250],

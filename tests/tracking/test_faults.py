@@ -19,7 +19,7 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline.tracking import delivery
-from pipeline.tracking.delivery import Courier, Run
+from pipeline.tracking.delivery import Courier, MlflowRun
 from pipeline.tracking.tracker import MlflowTracker, Tracker, connect, start_tracker
 from tests.conftest import ROOT
 
@@ -217,7 +217,7 @@ class LosesAnswers:
 
 def test_answers_that_never_came_make_no_second_run_and_no_second_value(mlflow_uri: str) -> None:
     client, entities = connect(mlflow_uri)
-    run = Run("lab", "tag")
+    run = MlflowRun("lab", "tag")
     tracker = MlflowTracker(run, Courier(run, lambda: (LosesAnswers(client), entities)))
     log_a_run(tracker)
     run_id = tracker.wait_for_run_id(60)
