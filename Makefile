@@ -6,8 +6,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # Tests beside each other, a file of them in one process; each with one thread, as the cores are taken.
 JOBS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all check format clean help
+.PHONY: demo test test-slow test-all check format clean help
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -25,10 +26,12 @@ demo: $(READY)  ## sample collection -> pseudo labels -> CorLoc -> pictures (WEI
 	$(BIN)/python jobs/demo.py $(if $(WEIGHTS),--weights $(WEIGHTS))
 
 test: $(READY)  ## the whole test suite but the slow tests (JOBS=4: four at a time)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile -m "not slow"
+	$(PYTEST) -m "not slow"
 
-test-all: $(READY)  ## the slow tests too, one after the other
-	$(BIN)/python -m pytest
+test-slow: $(READY)  ## the slow tests alone
+	$(PYTEST) -m slow
+
+test-all: test test-slow  ## both
 
 check: $(READY)  ## formatting, lint, types, and who may import whom
 	$(BIN)/ruff format --check .

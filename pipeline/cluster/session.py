@@ -1,5 +1,6 @@
 """A Ray to work on: the one this process has joined, the cluster of ``RAY_ADDRESS``, or a local one
-for as long as the job lasts."""
+for as long as the job lasts.
+"""
 
 import logging
 import os
@@ -18,7 +19,8 @@ from pipeline.errors import ClusterError, one_line
 def ray_session(*, debug: bool = False, dashboard: bool = False) -> Iterator[None]:
     """Join or start Ray, and leave it at the end, whatever happens.
 
-    Where this process has Ray already, as a notebook may, that one is used and left as it is. `ray job submit` sets ``RAY_ADDRESS``; without it a local Ray is started on free ports, so that
+    Where this process has a Ray already, as a notebook may, that one is used and left as it is.
+    `ray job submit` sets ``RAY_ADDRESS``; without it a local Ray is started on free ports, so that
     a job never joins by accident the cluster of somebody else on this machine. ``dashboard`` is of
     that local one alone: a cluster has its own.
 
