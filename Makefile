@@ -32,7 +32,7 @@ test: $(READY)  ## the whole test suite but the slow tests (JOBS=4: four at a ti
 test-slow: $(READY)  ## the slow tests alone
 	$(PYTEST) -m slow
 
-test-all: test test-slow  ## all of them
+test-all: test test-slow  ## both
 
 check: $(READY)  ## formatting, lint, types, and who may import whom
 	$(BIN)/ruff format --check .

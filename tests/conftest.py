@@ -16,9 +16,6 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# A Ray that is started locally asks for a token; who joins one must have said so before Ray loads.
-os.environ.setdefault("RAY_AUTH_MODE", "token")
-
 
 def pytest_configure() -> None:
     """One token for every Ray of the tests and all who join one: each process reads it once."""
@@ -27,8 +24,8 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whole jobs first: files are handed out in this order, and none should be alone at the end."""
-    items.sort(key=lambda item: "tests/jobs/" not in item.nodeid)
+    """Whole jobs first, as they take longest: no process is then left alone with one at the end."""
+    items.sort(key=lambda item: "jobs" not in item.path.parts)
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,6 @@
 import subprocess
 import sys
 
-import pytest
-
 from tests.conftest import ROOT
 
 RAY_FREE = [
@@ -44,29 +42,39 @@ RAY_FREE = [
 ]
 
 
-def loaded_by(module: str, candidates: set[str]) -> set[str]:
-    code = f"import sys, {module}; print(*({candidates!r} & set(sys.modules)))"
+LIGHT = ["pipeline.config", "pipeline.command_line"]
+RECIPES = ["pipeline.labelling.labeller", "pipeline.detection.labeller"]
+WATCHED = ("torch", "ray", "mlflow", "timm", "pandas", "rich")
+OF_THE_DRIVER = ("pipeline.progress", "pipeline.tracking", "pipeline.gallery")
+
+
+def loaded_in_turn(*steps: list[str]) -> list[set[str]]:
+    """What of all that is watched is loaded after each step of one process's imports."""
+    watched = {*WATCHED, *OF_THE_DRIVER}
+    code = "import sys\n" + "".join(
+        f"import {', '.join(modules)}\nprint(*({watched!r} & set(sys.modules)))\n"
+        for modules in steps
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    return set(done.stdout.split())
+    return [set(line.split()) for line in done.stdout.splitlines()]
 
 
-def test_rooms_outside_the_cluster_load_neither_ray_nor_mlflow_nor_timm() -> None:
-    assert loaded_by(", ".join(RAY_FREE), {"ray", "mlflow", "timm"}) == set()
+def test_rooms_outside_the_cluster_load_neither_ray_nor_mlflow_and_the_command_line_is_light() -> (
+    None
+):
+    light, recipes, rooms = loaded_in_turn(LIGHT, RECIPES, RAY_FREE)
+    assert not light & {"torch", "ray", "mlflow", "pandas"}
+    # What an actor is made of brings nothing of the driver's.
+    assert not recipes & {"ray", "rich", "mlflow"}
+    assert not rooms & {"ray", "mlflow", "timm"}
 
 
-@pytest.mark.parametrize("module", ["pipeline.config", "pipeline.command_line"])
-def test_the_command_line_is_light(module: str) -> None:
-    assert loaded_by(module, {"torch", "ray", "mlflow", "pandas"}) == set()
-
-
-def test_a_worker_that_reads_and_writes_blocks_does_not_load_torch() -> None:
-    assert loaded_by("pipeline.cluster.block_tasks", {"torch", "timm", "mlflow"}) == set()
-
-
-def test_what_an_actor_is_made_of_brings_nothing_of_the_drivers() -> None:
-    recipes = "pipeline.labelling.labeller, pipeline.detection.labeller"
-    assert loaded_by(recipes, {"ray", "rich", "mlflow"}) == set()
-    theirs = {"mlflow", "pipeline.progress", "pipeline.tracking", "pipeline.gallery"}
-    assert loaded_by("pipeline.cluster.label_blocks", theirs) == set()
+def test_workers_load_no_more_than_they_use() -> None:
+    tasks, actors = loaded_in_turn(
+        ["pipeline.cluster.block_tasks"], ["pipeline.cluster.label_blocks"]
+    )
+    # A worker that reads and writes blocks.
+    assert not tasks & {"torch", "timm", "mlflow"}
+    assert not actors & {"mlflow", *OF_THE_DRIVER}

@@ -17,10 +17,10 @@ from pipeline.errors import ClusterError, one_line
 def ray_session(*, debug: bool = False, dashboard: bool = False) -> Iterator[None]:
     """Join or start Ray, and leave it at the end, whatever happens.
 
-    Where this process has Ray already, as a notebook may, that one is used and left as it is. `ray
-    job submit` sets ``RAY_ADDRESS``; without it a local Ray is started on free ports, so that a job
-    never joins by accident the cluster of somebody else on this machine. ``dashboard`` is of that
-    local one alone: a cluster has its own.
+    Where this process has a Ray already, as a notebook may, that one is used and left as it is.
+    `ray job submit` sets ``RAY_ADDRESS``; without it a local Ray is started on free ports, so that
+    a job never joins by accident the cluster of somebody else on this machine. ``dashboard`` is of
+    that local one alone: a cluster has its own.
 
     Raises:
         ClusterError: the cluster cannot be reached, or a local one cannot be started.

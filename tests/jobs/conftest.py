@@ -6,17 +6,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import psutil
+import pyarrow as pa
 import pytest
 from PIL import Image
 
+from pipeline.data.pseudo_labels import read_labels
+from pipeline.storage import Location
 from tests.conftest import ROOT
 from tests.jobs.here import run_here
 
 SIZES = [(96, 64), (64, 96), (80, 80)]
+
+NO_RAY = "127.0.0.1:1"
+"""The address of a Ray that is none: a job that needs one fails there."""
 
 
 def write_photos(folder: Path, count: int) -> None:
@@ -43,6 +50,40 @@ def run_script(job: Path, *args: object, **environment: str) -> "subprocess.Comp
     )
 
 
+def help_without_libraries(job: Path) -> str:
+    """What ``--help`` tells, after checking that it loads neither torch nor Ray and ends with 0."""
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = [{str(job)!r}, '--help']\n"
+        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as stop:\n"
+        '    sys.stderr.write(f\'{stop.code} {sorted({"torch", "ray"} & set(sys.modules))}\')\n'
+    )
+    done = run_script(Path("-c"), code)
+    assert done.stderr == "0 []"
+    return done.stdout
+
+
+def write_mixed(folder: Path, count: int) -> Path:
+    """``count`` photos and three images that are none; what is not even named so is left out."""
+    write_photos(folder, count)
+    good = (folder / "part-0" / "photo-000.png").read_bytes()
+    (folder / "truncated.png").write_bytes(good[: len(good) // 2])
+    (folder / "empty.JPG").write_bytes(b"")
+    (folder / "page.jpg").write_bytes(b"<!DOCTYPE html><html></html>")
+    return folder
+
+
+def table_of(output: str | Path) -> pa.Table:
+    """The table that a job wrote."""
+    return read_labels(Location.parse(str(output)))
+
+
+def comparable(output: Path, *besides: str) -> pa.Table:
+    """What two runs over the same images must agree on, to the bit."""
+    return table_of(output).drop_columns(["run_id", "created_at", *besides])
+
+
 class LabelJobs:
     """Starts labelling jobs as a user does, and knows how to kill them."""
 
@@ -67,6 +108,19 @@ class LabelJobs:
         """Run a job to its end in this process, on the tests' Ray."""
         _, job, *args = self.command(images, output, *flags)
         return run_here(ROOT / job, *args, **{"RAY_ADDRESS": self.ray_address, **env})
+
+    def run_alone(
+        self, images: str | Path, output: str | Path, *flags: str
+    ) -> "subprocess.CompletedProcess[str]":
+        """Run a job as a process with a Ray of its own, whose workers know this environment."""
+        return subprocess.run(
+            self.command(images, output, *flags),
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
 
     def start(self, images: Path, output: Path, *flags: str) -> "subprocess.Popen[str]":
         """Start a job as a process with a Ray of its own, and return while it runs."""
@@ -151,14 +205,20 @@ def kill(process: "subprocess.Popen[str]") -> None:
     below = processes_below(process)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    # Ray's agents, which do no work of ours, notice late that their node is gone.
-    agents = [one for one in below if one.is_running() and "Agent" in one.name()]
-    for agent in agents:
-        agent.kill()
-    # Most end in seconds; a worker that was just being started looks for its cluster for half a
-    # minute, and does nothing else, before it gives up.
+    # Ray's agents, which do no work of ours, notice late that their node is gone; and a worker that
+    # was just being started looks for its cluster for half a minute, and does nothing else.
+    for one in filter(_does_no_work, below):
+        one.kill()
     _, alive = psutil.wait_procs(below, timeout=90)
     assert not alive, f"outlived the driver: {alive}"
+
+
+def _does_no_work(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        line = " ".join(process.cmdline())
+        # Once it has found its cluster, Ray renames it.
+        return "Agent" in process.name() or "default_worker.py" in line
+    return False
 
 
 @pytest.fixture

@@ -15,9 +15,11 @@ from pipeline.comparison.report import compare_runs
 from pipeline.errors import ConfigError
 from tests.conftest import ROOT
 from tests.jobs.conftest import run_script
+from tests.jobs.here import run_here
 
 METRIC = "test/accuracy_selected"
-run = partial(run_script, ROOT / "jobs" / "compare_runs.py", COLUMNS="80")
+JOB = ROOT / "jobs" / "compare_runs.py"
+run = partial(run_here, JOB, COLUMNS="80")
 
 
 def summary(seed: int, weight: float, value: float, finished: bool = True) -> dict[str, Any]:
@@ -102,7 +104,7 @@ def test_output_holds_the_same_numbers_and_a_picture(runs: Path, tmp_path: Path)
 
 
 def test_report_survives_a_narrow_ascii_terminal(runs: Path) -> None:
-    result = run("--runs", runs, PYTHONIOENCODING="ascii", COLUMNS="30")
+    result = run_script(JOB, "--runs", runs, PYTHONIOENCODING="ascii", COLUMNS="30")
     assert numbers(result)["num_arms"] == 1
 
 
@@ -118,7 +120,8 @@ def test_tracked_runs_are_compared_by_experiment(mlflow_uri: str, tmp_path: Path
             told = {"kind": "classifier", "finished": "true", "pair_key": "key"}
             tracker.set_tags({f"patchseed.{name}": value for name, value in told.items()})
     where = ("--tracking-uri", mlflow_uri)
-    result = run("--experiment", "lab", *where)
+    # As a process, which loads MLflow anew: it talks while it loads.
+    result = run_script(JOB, "--experiment", "lab", *where)
     (arm,) = numbers(result)["arms"]
     assert (arm["baseline"], arm["drloc_values"]) == ([50, 60], [60, 70.1])
     assert arm["verdict"] == "better"

@@ -1,4 +1,4 @@
-"""The detection job, run as a user runs it: real processes, real Ray, a real kill.
+"""The detection job, run as a user runs it: real Ray, and a real kill.
 
 What it shares with the labelling job (leases, refusals, full disks, buckets) is tested there.
 """
@@ -8,21 +8,25 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
-from pipeline.data.pseudo_labels import SCHEMA, read_labels, read_manifest
+from pipeline.data.pseudo_labels import SCHEMA, read_manifest
 from pipeline.detection.exported_detector import load_detector
 from pipeline.storage import Location
 from tests.conftest import ROOT
 from tests.jobs.conftest import (
+    NO_RAY,
     DetectJobs,
+    comparable,
     finished_blocks,
     kill,
     run_script,
+    table_of,
     wait_for,
+    write_mixed,
     write_photos,
 )
+from tests.jobs.here import run_here
 
 SMALL_BLOCKS = (
     *("--compute.block-size", "2", "--compute.num-actors", "1"),
@@ -30,25 +34,10 @@ SMALL_BLOCKS = (
 )
 
 
-def table_of(output: Path) -> pa.Table:
-    return read_labels(Location.parse(str(output)))
-
-
-def comparable(output: Path, *besides: str) -> pa.Table:
-    """What two runs over the same images must agree on, to the bit."""
-    return table_of(output).drop_columns(["run_id", "created_at", *besides])
-
-
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twenty photos, and three files that are none."""
-    folder = tmp_path_factory.mktemp("photos")
-    write_photos(folder, 20)
-    good = (folder / "part-0" / "photo-000.png").read_bytes()
-    (folder / "truncated.png").write_bytes(good[: len(good) // 2])
-    (folder / "empty.JPG").write_bytes(b"")
-    (folder / "page.jpg").write_bytes(b"<!DOCTYPE html><html></html>")
-    return folder
+    return write_mixed(tmp_path_factory.mktemp("photos"), 20)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +105,7 @@ def test_the_table_can_be_measured(found: Path, photos: Path, tmp_path: Path) ->
     truth.write_text(
         json.dumps({"images": images, "annotations": objects, "categories": categories})
     )
-    done = run_script(
+    done = run_here(
         ROOT / "jobs" / "evaluate_boxes.py",
         *("--labels", found, "--ground-truth", truth, "--num-resamples", 100),
     )
@@ -174,7 +163,7 @@ def test_a_detector_that_cannot_be_read_is_one_line_and_exit_code_4(
     else:
         config.write_text(json.dumps({"kind": "classifier"}))
     write_photos(tmp_path / "photos", 1)
-    done = DetectJobs(folder, tmp_path).run(tmp_path / "photos", tmp_path / "found")
+    done = DetectJobs(folder, tmp_path, NO_RAY).run(tmp_path / "photos", tmp_path / "found")
     assert done.returncode == 4
     assert done.stderr.startswith(f"WeightsError: {folder} holds no detector")
     assert done.stderr.count("\n") == 1
@@ -194,7 +183,7 @@ def test_flags_that_contradict_each_other_are_refused(
     tiny_detector: Path, tmp_path: Path, flags: list[str], complaint: str
 ) -> None:
     given = flags if "--output" in flags else [*flags, "--output", str(tmp_path / "found")]
-    done = run_script(ROOT / "jobs" / "detect_images.py", "--detector", tiny_detector, *given)
+    done = run_here(ROOT / "jobs" / "detect_images.py", "--detector", tiny_detector, *given)
     assert done.returncode == 2
     assert complaint in done.stderr
 
@@ -206,6 +195,7 @@ def test_a_table_that_is_none_is_told_before_ray_starts(
         ROOT / "jobs" / "detect_images.py",
         *("--detector", tiny_detector, "--labels", tmp_path, "--output", tmp_path / "found"),
         *("--tracking-uri", "off"),
+        RAY_ADDRESS=NO_RAY,
     )
     assert done.returncode == 3
     assert "holds no _MANIFEST.json" in done.stderr

@@ -13,12 +13,13 @@ from safetensors.torch import save_file
 from pipeline.storage import Location
 from tests.conftest import ROOT
 from tests.jobs.conftest import run_script
+from tests.jobs.here import run_here
 from tests.tables import Row, label_row, write_table
 
 JOB = ROOT / "jobs" / "draw_boxes.py"
 HOSTILE = "..\\..\\" + 150 * "x" + "\nü<.png"
 
-run = partial(run_script, JOB, HF_HUB_OFFLINE="1")
+run = partial(run_here, JOB)
 
 
 def row(path: Path) -> Row:
@@ -38,7 +39,6 @@ def make_table(folder: Path, images: list[Path], sha256: str) -> Location:
     return write_table(folder, list(map(row, images)), config=config, weights_sha256=sha256)
 
 
-@pytest.mark.slow
 def test_pictures_with_maps_and_a_sheet_are_drawn_and_named(tmp_path: Path) -> None:
     weights = tmp_path / "tiny.safetensors"
     save_file(timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict(), weights)
@@ -68,14 +68,15 @@ def test_pictures_with_maps_and_a_sheet_are_drawn_and_named(tmp_path: Path) -> N
 def test_without_weights_there_are_boxes_one_warning_and_exit_code_0(tmp_path: Path) -> None:
     labels = make_table(tmp_path / "labels", [tmp_path / "photos" / "cat.png"], 64 * "0")
     out = tmp_path / "out"
-    result = run("--labels", labels, "--output", out, HF_HOME=str(tmp_path / "hub"))
+    # The hub's client reads its environment once per process.
+    hub = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
+    result = run_script(JOB, "--labels", labels, "--output", out, **hub)
     assert result.returncode == 0, result.stderr
     assert result.stderr.startswith("no maps, only boxes and seeds: ")
     assert result.stderr.count("\n") == 1
     assert sorted(path.name for path in out.iterdir()) == ["0001-cat.jpg", "contact_sheet.png"]
 
 
-@pytest.mark.slow
 def test_a_folder_that_is_no_table_is_one_line_and_exit_code_3(tmp_path: Path) -> None:
     result = run("--labels", tmp_path, "--output", tmp_path / "out")
     assert result.returncode == 3

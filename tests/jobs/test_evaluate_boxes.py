@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,13 @@ import pytest
 from PIL import Image
 
 from tests.conftest import ROOT
-from tests.jobs.conftest import run_script
+from tests.jobs.conftest import help_without_libraries, run_script
+from tests.jobs.here import run_here
 from tests.tables import Row, label_row, write_table
 
 JOB = ROOT / "jobs" / "evaluate_boxes.py"
 
-run = partial(run_script, JOB, COLUMNS="80")
+run = partial(run_here, JOB, COLUMNS="80")
 
 
 def numbers(result: subprocess.CompletedProcess[str]) -> dict[str, Any]:
@@ -106,9 +106,8 @@ def test_report_without_a_terminal_is_plain_and_says_what_was_left_out(
 
 
 def test_report_survives_a_narrow_ascii_terminal(labels: Path, truth: Path) -> None:
-    result = run(
-        "--labels", labels, "--ground-truth", truth, PYTHONIOENCODING="ascii", COLUMNS="30"
-    )
+    args = ("--labels", labels, "--ground-truth", truth)
+    result = run_script(JOB, *args, PYTHONIOENCODING="ascii", COLUMNS="30")
     assert numbers(result)["hits"] == 1
 
 
@@ -201,18 +200,7 @@ def test_value_out_of_range_is_code_two(labels: Path, truth: Path) -> None:
 
 
 def test_help_needs_neither_torch_nor_ray() -> None:
-    code = (
-        "import runpy, sys\n"
-        f"sys.argv = [{str(JOB)!r}, '--help']\n"
-        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
-        "except SystemExit as stop:\n"
-        '    sys.stderr.write(f\'{stop.code} {sorted({"torch", "ray"} & set(sys.modules))}\')\n'
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
-    )
-    assert result.stderr == "0 []"
-    assert "--ignore-difficult" in result.stdout
+    assert "--ignore-difficult" in help_without_libraries(JOB)
 
 
 def test_released_boxes_of_lost_print_the_published_number(shared: Path) -> None:

@@ -1,23 +1,27 @@
-"""The labelling job, run as a user runs it: real processes, real Ray, real kills."""
+"""The labelling job, run as a user runs it: real Ray, and real processes where they are killed."""
 
 import json
-import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 import pytest
-from mlflow import MlflowClient
 
-from pipeline.data.pseudo_labels import SCHEMA, read_labels, read_manifest
+from pipeline.data.pseudo_labels import SCHEMA, read_manifest
 from pipeline.storage import Location
 from tests.jobs.conftest import (
+    NO_RAY,
     LabelJobs,
+    comparable,
     finished_blocks,
     kill,
     processes_below,
+    table_of,
     wait_for,
+    write_mixed,
     write_photos,
 )
 
@@ -28,15 +32,13 @@ SMALL_BLOCKS = (
     *("--compute.block-size", "2", "--compute.num-actors", "1"),
     *("--progress-seconds", "0.2"),
 )
+MIXED = ("--max-bad-fraction", "0.5", "--localization.rule", "lost")
 
 
-def table_of(output: str | Path) -> pa.Table:
-    return read_labels(Location.parse(str(output)))
-
-
-def comparable(output: Path) -> pa.Table:
-    """What two runs over the same images must agree on, to the bit."""
-    return table_of(output).drop_columns(["run_id", "created_at"])
+class LabelledFolder(NamedTuple):
+    photos: Path
+    output: Path
+    told: str
 
 
 @pytest.fixture(scope="module")
@@ -56,29 +58,34 @@ def uninterrupted(
     return comparable(output)
 
 
-def test_a_mixed_folder_gives_one_row_per_file_with_its_status(
-    label_jobs: LabelJobs, tmp_path: Path
-) -> None:
-    photos = tmp_path / "photos"
-    write_photos(photos, 6)
-    good = (photos / "part-0" / "photo-000.png").read_bytes()
-    (photos / "truncated.png").write_bytes(good[: len(good) // 2])
-    (photos / "empty.JPG").write_bytes(b"")
-    (photos / "page.jpg").write_bytes(b"<!DOCTYPE html><html></html>")
+@pytest.fixture(scope="module")
+def labelled(
+    tiny_weights: Path, tmp_path_factory: pytest.TempPathFactory, ray_address: str
+) -> LabelledFolder:
+    """A folder of ten images of all kinds, and the table of it."""
+    photos = write_mixed(tmp_path_factory.mktemp("mixed") / "photos", 6)
     (photos / "notes.txt").write_bytes(b"not an image")
+    good = (photos / "part-0" / "photo-000.png").read_bytes()
     (photos / "näme with % # \n.png").write_bytes(good)
-    done = label_jobs.run(photos, tmp_path / "labels", "--max-bad-fraction", "0.5")
+    output = photos.parent / "labels"
+    done = LabelJobs(tiny_weights, photos.parent, ray_address).run(photos, output, *MIXED)
     assert done.returncode == 0, done.stderr
-    table = table_of(tmp_path / "labels")
+    return LabelledFolder(photos, output, done.stdout)
+
+
+def test_a_mixed_folder_gives_one_row_per_file_with_its_status(labelled: LabelledFolder) -> None:
+    table = table_of(labelled.output)
     assert table.schema.remove_metadata() == SCHEMA
-    statuses = {row["uri"].removeprefix(f"{photos}/"): row["status"] for row in table.to_pylist()}
+    statuses = {
+        row["uri"].removeprefix(f"{labelled.photos}/"): row["status"] for row in table.to_pylist()
+    }
     assert len(statuses) == 10
     assert statuses["truncated.png"] == "error_decode"
     assert statuses["empty.JPG"] == "error_read"
     assert statuses["page.jpg"] == "error_decode"
     assert sorted(statuses.values()).count("ok") == 7
-    assert "found 10 images" in done.stdout
-    assert "1 .txt" in done.stdout
+    assert "found 10 images" in labelled.told
+    assert "1 .txt" in labelled.told
     for row in table.to_pylist():
         if row["status"] == "ok":
             x0, y0, x1, y1 = row["boxes"][0]
@@ -86,42 +93,35 @@ def test_a_mixed_folder_gives_one_row_per_file_with_its_status(
             assert 0 <= y0 < y1 <= row["height"]
 
 
+def test_the_manifest_says_how_the_table_was_made(labelled: LabelledFolder) -> None:
+    manifest = json.loads((labelled.output / "_MANIFEST.json").read_text())
+    assert manifest["config"]["localization.rule"] == "lost"
+    assert manifest["config"]["backbone.weights_sha256"] == manifest["weights_sha256"]
+    assert manifest["versions"].keys() >= {"python", "torch", "ray", "patchseed"}
+    row = table_of(labelled.output).to_pylist()[0]
+    assert row["run_id"] == manifest["run_id"]
+    assert row["config_hash"] == manifest["config_hash"]
+
+
 def test_a_second_run_is_refused_until_told_to_overwrite(
-    label_jobs: LabelJobs, tmp_path: Path, mlflow_uri: str
+    label_jobs: LabelJobs, labelled: LabelledFolder, tmp_path: Path
 ) -> None:
-    write_photos(tmp_path / "photos", 2)
-    output = tmp_path / "labels"
-    assert label_jobs.run(tmp_path / "photos", output).returncode == 0
+    photos, output = labelled.photos, tmp_path / "labels"
+    shutil.copytree(labelled.output, output)
     before = comparable(output)
-    refused = label_jobs.run(tmp_path / "photos", output)
+    refused = label_jobs.run(photos, output, *MIXED)
     assert refused.returncode == 5
     assert "already holds a finished table" in refused.stderr
-    other = label_jobs.run(tmp_path / "photos", output, "--resume", "--localization.rule", "lost")
+    other = label_jobs.run(photos, output, *MIXED, "--resume", "--localization.rule", "solost")
     assert other.returncode == 2
-    assert "localization.rule: 'solost' there, 'lost' now" in other.stderr
-    (output / "_tracking").mkdir()  # as older versions left it there
-    for _ in range(2):
-        told = ("--tracking-uri", mlflow_uri)
-        again = label_jobs.run(tmp_path / "photos", output, "--resume", *told)
-        assert again.returncode == 0, again.stderr
-        assert "nothing is left to do" in again.stdout
-        check_recorded_once(mlflow_uri, output)
-    assert label_jobs.run(tmp_path / "photos", output, "--overwrite").returncode == 0
+    assert "localization.rule: 'lost' there, 'solost' now" in other.stderr
+    again = label_jobs.run(photos, output, *MIXED, "--resume")
+    assert again.returncode == 0
+    assert "nothing is left to do" in again.stdout
+    run_id = table_of(output)["run_id"][0]
+    assert label_jobs.run(photos, output, *MIXED, "--overwrite").returncode == 0
+    assert table_of(output)["run_id"][0] != run_id
     assert comparable(output).equals(before)
-
-
-def check_recorded_once(uri: str, output: Path) -> None:
-    """MLflow holds the finished table in one run, each number once."""
-    client = MlflowClient(tracking_uri=uri)
-    experiment = client.get_experiment_by_name("patchseed")
-    assert experiment is not None
-    (run,) = client.search_runs([experiment.experiment_id])
-    assert run.info.status == "FINISHED"
-    assert run.data.params["localization.rule"] == "solost"
-    assert run.data.tags["output"] == str(output)
-    assert [one.value for one in client.get_metric_history(run.info.run_id, "rows")] == [2.0]
-    names = {one.path for one in client.list_artifacts(run.info.run_id)}
-    assert {"manifest.json", "config.json"} <= names
 
 
 def test_a_killed_driver_resumes_to_the_table_of_an_uninterrupted_run(
@@ -160,11 +160,15 @@ def test_a_killed_actor_loses_nothing(
 
 
 @pytest.mark.parametrize("blocks_before", [pytest.param(1, marks=pytest.mark.slow), 3])
-def test_sigterm_ends_with_143_and_leaves_nothing_behind(
+def test_a_job_keeps_others_out_and_at_sigterm_ends_with_143_and_leaves_nothing_behind(
     label_jobs: LabelJobs, photos: Path, tmp_path: Path, blocks_before: int
 ) -> None:
     output = tmp_path / "labels"
     job = label_jobs.start(photos, output, *SMALL_BLOCKS)
+    wait_for(lambda: (output / "_lease.json").exists(), job)
+    second = label_jobs.run(photos, output, "--resume", *SMALL_BLOCKS)
+    assert second.returncode == 5
+    assert f"in use by process {job.pid}" in second.stderr
     wait_for(lambda: len(finished_blocks(output)) >= blocks_before, job)
     job.send_signal(signal.SIGTERM)
     assert job.wait(timeout=120) == 143
@@ -172,18 +176,6 @@ def test_sigterm_ends_with_143_and_leaves_nothing_behind(
     assert "Interrupted: what is finished is kept, --resume goes on with it" in log
     assert not (output / "_lease.json").exists()
     assert len(finished_blocks(output)) >= blocks_before
-
-
-def test_a_second_job_on_the_same_output_is_refused(
-    label_jobs: LabelJobs, photos: Path, tmp_path: Path
-) -> None:
-    output = tmp_path / "labels"
-    job = label_jobs.start(photos, output, *SMALL_BLOCKS)
-    wait_for(lambda: (output / "_lease.json").exists(), job)
-    second = label_jobs.run(photos, output, "--resume", *SMALL_BLOCKS)
-    kill(job)
-    assert second.returncode == 5
-    assert f"in use by process {job.pid}" in second.stderr
 
 
 @pytest.mark.slow
@@ -213,7 +205,7 @@ def test_nothing_to_label_is_told_before_ray_starts_and_leaves_no_trace(
     label_jobs: LabelJobs, tmp_path: Path, images: str, code: int, complaint: str
 ) -> None:
     (tmp_path / "empty").mkdir()
-    done = label_jobs.run(tmp_path / images, tmp_path / "labels")
+    done = label_jobs.run(tmp_path / images, tmp_path / "labels", RAY_ADDRESS=NO_RAY)
     assert done.returncode == code
     assert complaint in done.stderr
     assert done.stderr.count("\n") == 1
@@ -222,38 +214,16 @@ def test_nothing_to_label_is_told_before_ray_starts_and_leaves_no_trace(
 
 @pytest.mark.slow
 def test_a_full_disk_is_one_line_and_what_is_done_stays(
-    label_jobs: LabelJobs, photos: Path, uninterrupted: pa.Table, tmp_path: Path
+    label_jobs: LabelJobs, photos: Path, uninterrupted: pa.Table, small_disk: Path
 ) -> None:
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small disk needs root")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a small disk is not allowed here")
-    try:
-        full = label_jobs.run(photos, disk / "labels", *SMALL_BLOCKS)
-        assert full.returncode == 5, full.stderr
-        assert "StorageError: cannot write" in full.stderr
-        assert "--resume" in full.stderr
-        assert full.stderr.count("\n") == 1
-        assert finished_blocks(disk / "labels")
-        subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
-        done = label_jobs.run(photos, disk / "labels", "--resume", *SMALL_BLOCKS)
-        assert done.returncode == 0, done.stderr
-        assert comparable(disk / "labels").equals(uninterrupted)
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
-
-
-def test_the_manifest_says_how_the_table_was_made(label_jobs: LabelJobs, tmp_path: Path) -> None:
-    write_photos(tmp_path / "photos", 2)
-    done = label_jobs.run(tmp_path / "photos", tmp_path / "labels", "--localization.rule", "lost")
+    output = small_disk / "labels"
+    full = label_jobs.run(photos, output, *SMALL_BLOCKS)
+    assert full.returncode == 5, full.stderr
+    assert "StorageError: cannot write" in full.stderr
+    assert "--resume" in full.stderr
+    assert full.stderr.count("\n") == 1
+    assert finished_blocks(output)
+    subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
+    done = label_jobs.run(photos, output, "--resume", *SMALL_BLOCKS)
     assert done.returncode == 0, done.stderr
-    manifest = json.loads((tmp_path / "labels" / "_MANIFEST.json").read_text())
-    assert manifest["config"]["localization.rule"] == "lost"
-    assert manifest["config"]["backbone.weights_sha256"] == manifest["weights_sha256"]
-    assert manifest["versions"].keys() >= {"python", "torch", "ray", "patchseed"}
-    row = table_of(tmp_path / "labels").to_pylist()[0]
-    assert row["run_id"] == manifest["run_id"]
-    assert row["config_hash"] == manifest["config_hash"]
+    assert comparable(output).equals(uninterrupted)

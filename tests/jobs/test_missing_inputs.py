@@ -1,11 +1,12 @@
 """Inputs that are not there are told before Ray is started, and leave nothing behind."""
 
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.jobs import training
+from tests.conftest import ROOT
+from tests.jobs.conftest import NO_RAY
+from tests.jobs.here import run_here
 
 JOBS = {
     "train_classifier": ("--data.root", ("--data.name", "folder")),
@@ -17,9 +18,9 @@ JOBS = {
 @pytest.mark.parametrize("name", JOBS)
 def test_what_is_not_there_is_told_before_ray_starts(name: str, tmp_path: Path) -> None:
     flag, others = JOBS[name]
-    command = [sys.executable, f"jobs/{name}.py", flag, str(tmp_path / "nothing"), *others]
     output = tmp_path / "runs"
-    done = training.finish([*command, "--num-workers", "1", "--output", str(output)])
+    args = (flag, tmp_path / "nothing", *others, "--num-workers", 1, "--output", output)
+    done = run_here(ROOT / "jobs" / f"{name}.py", *args, RAY_ADDRESS=NO_RAY)
     assert done.returncode == 3
     assert str(tmp_path / "nothing") in done.stderr
     assert done.stderr.count("\n") == 1
