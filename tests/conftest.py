@@ -9,10 +9,18 @@ import shutil
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pytest
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from tests.training.two_workers import TwoWorkers
+
+ReadGolden: TypeAlias = "Callable[[str], dict[str, NDArray[Any]]]"
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,6 +45,18 @@ def shared() -> Path:
             f"{folder} is absent: golden data and real photos are not part of the repository"
         )
     return folder
+
+
+@pytest.fixture(scope="session")
+def read_golden(shared: Path) -> "ReadGolden":
+    """The arrays of a file of golden outputs, by its name."""
+    import numpy as np
+
+    def read(name: str) -> "dict[str, NDArray[Any]]":
+        with np.load(shared / "golden" / name, allow_pickle=False) as file:
+            return dict(file)
+
+    return read
 
 
 @pytest.fixture(scope="session")
@@ -95,6 +115,15 @@ def ray_address() -> Iterator[str]:
     yield address
     process.stdin.close()
     process.wait(timeout=60)
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[TwoWorkers]":
+    """Two real processes of one gloo group."""
+    from tests.training.two_workers import two_workers
+
+    with two_workers(tmp_path_factory.mktemp("gloo")) as both:
+        yield both
 
 
 @pytest.fixture(scope="module")

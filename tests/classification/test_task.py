@@ -1,7 +1,7 @@
 """DRLoc beside the labels: it changes nothing else, and nobody can tell how the work was shared."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,7 @@ from pipeline.errors import TrainingDiverged
 from pipeline.training.loop import Hooks, LoopSettings, LoopState, StepKey, train
 from pipeline.training.optim import build_optimizer, parameter_groups
 from pipeline.training.workers import Workers
-from tests.training.two_workers import TwoWorkers, two_workers
+from tests.training.two_workers import TwoWorkers
 
 ALONE = Workers(0, 1, torch.device("cpu"))
 NUM_IMAGES = 20
@@ -384,12 +384,6 @@ def test_the_weighted_term_is_lambda_times_the_raw_one() -> None:
         assert numbers["train/drloc_error_cells"] == pytest.approx(numbers["train/drloc"])
     baseline = run(the_task(Choice(weight=0)), num_epochs=1, lr=0.01).history[0]
     assert not [name for name in baseline if "drloc" in name]
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoWorkers]:
-    with two_workers(tmp_path_factory.mktemp("gloo")) as both:
-        yield both
 
 
 def trained(workers: Workers, choice: Choice) -> tuple[dict[str, Tensor], list[dict[str, float]]]:

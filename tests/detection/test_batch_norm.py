@@ -1,6 +1,5 @@
 """Several workers normalise as one would, and evaluation as the whole training data would."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +11,7 @@ from pipeline.detection.batch_norm import PooledBatchNorm2d, fused, precise_bn
 from pipeline.detection.detector import build_detector, default_options
 from pipeline.training.workers import Workers
 from tests.detection.toy import pictures
-from tests.training.two_workers import TwoWorkers, two_workers
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoWorkers]:
-    """Two real gloo processes."""
-    with two_workers(tmp_path_factory.mktemp("gloo")) as both:
-        yield both
+from tests.training.two_workers import TwoWorkers
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """The detector as a whole: its size, what it may be, what is frozen, what parts of a batch cost."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -32,7 +32,7 @@ from pipeline.training.loop import (
 from pipeline.training.optim import parameter_groups, sgd
 from pipeline.training.workers import Workers, current_workers
 from tests.detection.toy import Picture, pictures
-from tests.training.two_workers import TwoWorkers, two_workers
+from tests.training.two_workers import TwoWorkers
 
 NARROW_FPN: dict[str, Any] = {
     "backbone": "resnet10",
@@ -46,13 +46,6 @@ NARROW_FPN: dict[str, Any] = {
     "rpn_batch": 32,
 }
 NARROW: list[Any] = [("nano", {}), ("fpn", NARROW_FPN)]
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoWorkers]:
-    """Two real gloo processes."""
-    with two_workers(tmp_path_factory.mktemp("gloo")) as both:
-        yield both
 
 
 def built(kind: Any = "nano", **changes: Any) -> Detector:

@@ -1,15 +1,14 @@
 """Detectron2's R50-C4 with the norm after layer4, narrow: same weights in, same numbers out."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from pipeline.detection.detector import Detector, DetectorOptions, build_detector
+from tests.conftest import ReadGolden
 
 # 200 pixels have a last digit of 1.5e-5.
 CLOSE_PX = 6e-5
@@ -26,9 +25,8 @@ EVERYTHING = replace(
 
 
 @pytest.fixture(scope="module")
-def golden(shared: Path) -> dict[str, Any]:
-    with np.load(shared / "golden" / "cad.npz") as file:
-        return {name: torch.from_numpy(file[name]) for name in file.files}
+def golden(read_golden: ReadGolden) -> dict[str, Any]:
+    return {name: torch.from_numpy(array) for name, array in read_golden("cad.npz").items()}
 
 
 @pytest.fixture(scope="module")

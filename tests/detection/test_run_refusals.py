@@ -26,7 +26,7 @@ from tests.detection.runs import (
     write_material,
 )
 from tests.tables import write_table
-from tests.training.two_workers import two_workers
+from tests.training.two_workers import TwoWorkers
 
 
 @pytest.fixture(scope="module")
@@ -180,13 +180,12 @@ def diverged_with(workers: Workers, job: TrainDetectorJob, folder: RunFolder) ->
 
 
 def test_of_two_workers_the_one_with_the_spoilt_box_names_its_images(
-    material: Material, tmp_path: Path
+    material: Material, pair: TwoWorkers, tmp_path: Path
 ) -> None:
     job, uri = spoilt_job(material, tmp_path, detect_anomaly=True)
     _, names = step_with(uri, job)
     mine = next(half for half in (names[:2], names[2:]) if uri in half)
-    with two_workers(tmp_path) as pair:
-        first, second = pair.run(diverged_with, job, RunFolder.of(job))
+    first, second = pair.run(diverged_with, job, RunFolder.of(job))
     assert first == second
     assert f"worker {int(mine == names[2:])}: " in first
     assert f"worker {int(mine == names[:2])}: " not in first

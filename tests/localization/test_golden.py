@@ -5,7 +5,6 @@ The cases are described in golden/lost.md beside the data.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.localization.localize import Localization, localize
+from tests.conftest import ReadGolden
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,8 @@ class Golden:
 
 
 @pytest.fixture(scope="module")
-def golden(shared: Path) -> Golden:
-    with np.load(shared / "golden" / "lost.npz", allow_pickle=False) as file:
-        return Golden(dict(file))
+def golden(read_golden: ReadGolden) -> Golden:
+    return Golden(read_golden("lost.npz"))
 
 
 def grid_box(found: Localization, image: int = 0) -> list[int]:

@@ -1,7 +1,6 @@
 """DINO's loss and centre against a slow loop, and the promises of their docstrings."""
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from torch import Tensor
 from pipeline.losses.dino import Center, DINOTerms, dino_loss
 from pipeline.training.workers import Workers
 from tests.losses.slow_dino import slow_terms
-from tests.training.two_workers import two_workers
+from tests.training.two_workers import TwoWorkers
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -331,16 +330,15 @@ def _center_of(workers: Workers, images: list[int]) -> list[float]:
 
 
 @pytest.mark.slow
-def test_two_workers_reach_the_centre_that_one_would(tmp_path: Path) -> None:
+def test_two_workers_reach_the_centre_that_one_would(pair: TwoWorkers) -> None:
     expected = Center(3)
     expected.add(draw(2, 5, 3, dtype=torch.float32))
     expected.update(alone)
-    with two_workers(tmp_path) as workers:
-        for images in ([2, 3], [4, 1], [5, 0]):
-            first, second = workers.run(_center_of, images)
-            assert first == second
-            np.testing.assert_allclose(first, expected.center_K.numpy(), rtol=1e-5)
-        assert workers.run(_center_of, [0, 0]) == [[0.0] * 3] * 2
+    for images in ([2, 3], [4, 1], [5, 0]):
+        first, second = pair.run(_center_of, images)
+        assert first == second
+        np.testing.assert_allclose(first, expected.center_K.numpy(), rtol=1e-5)
+    assert pair.run(_center_of, [0, 0]) == [[0.0] * 3] * 2
 
 
 def test_the_terms_come_by_name() -> None:

@@ -6,7 +6,6 @@ The cases are described in golden/drloc.md beside the data.
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from pipeline.config.classification import Normalize, Pooling
 from pipeline.losses.drloc import DRLocHead, drloc_loss
 from pipeline.losses.multi_stage import pool_grid
 from pipeline.losses.pairs import all_pairs, relative_offsets, sample_pairs
+from tests.conftest import ReadGolden
 
 LAYERS = {
     "1": "first",
@@ -84,9 +84,8 @@ class Golden:
 
 
 @pytest.fixture(scope="module")
-def golden(shared: Path) -> Golden:
-    with np.load(shared / "golden" / "drloc.npz", allow_pickle=False) as file:
-        arrays = dict(file)
+def golden(read_golden: ReadGolden) -> Golden:
+    arrays = read_golden("drloc.npz")
     cases = json.loads(str(arrays.pop("index_json")))
     return Golden(arrays, {case["name"]: case for case in cases})
 

@@ -2,10 +2,8 @@
 
 import copy
 import math
-from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -19,6 +17,7 @@ from pipeline.errors import ConfigError
 from pipeline.models.checkpoints import fit_state_dict
 from pipeline.models.dino_vit import ViTFeatures, interpolate_positions
 from pipeline.models.features import padded_size
+from tests.conftest import ReadGolden
 
 Feature = Literal["key", "query", "value"]
 FEATURES: tuple[Feature, ...] = ("query", "key", "value")
@@ -40,9 +39,8 @@ PREFIXES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def golden(shared: Path) -> dict[str, Any]:
-    with np.load(shared / "golden" / "vit.npz", allow_pickle=False) as arrays:
-        return {name: arrays[name] for name in arrays.files}
+def golden(read_golden: ReadGolden) -> dict[str, Any]:
+    return read_golden("vit.npz")
 
 
 def golden_vit(golden: dict[str, Any], config: int) -> nn.Module:

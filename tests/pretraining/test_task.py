@@ -4,7 +4,7 @@ import copy
 import io
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -41,19 +41,13 @@ from tests.pretraining.dino_runs import (
     watched,
 )
 from tests.training.loop_runs import same_bits
-from tests.training.two_workers import TwoWorkers, two_workers
+from tests.training.two_workers import TwoWorkers
 
 Trained = tuple[dict[str, Tensor], list[dict[str, float]]]
 """The objective's state, and the numbers of each epoch."""
 
 LAST_LAYER = "head.last_layer."
 TERMS = ("train/dino", "train/teacher_entropy", "train/divergence")
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoWorkers]:
-    with two_workers(tmp_path_factory.mktemp("gloo")) as both:
-        yield both
 
 
 def grown_apart() -> DINOObjective:

@@ -5,7 +5,7 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,16 +29,10 @@ from tests.training.slow_loop import (
     tiny_state,
     train_slowly,
 )
-from tests.training.two_workers import TwoWorkers, two_workers
+from tests.training.two_workers import TwoWorkers
 
 WHOLE = ((NUM_GLOBAL,),)
 Cuts = Sequence[Sequence[int]]
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoWorkers]:
-    with two_workers(tmp_path_factory.mktemp("gloo")) as both:
-        yield both
 
 
 def trained(

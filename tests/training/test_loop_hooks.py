@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -25,15 +25,9 @@ from tests.training.slow_loop import (
     tiny_state,
     train_slowly,
 )
-from tests.training.two_workers import TwoWorkers, two_workers
+from tests.training.two_workers import TwoWorkers
 
 Cuts = Sequence[Sequence[int]]
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoWorkers]:
-    with two_workers(tmp_path_factory.mktemp("gloo")) as both:
-        yield both
 
 
 def test_weight_decay_follows_its_schedule_as_written_out() -> None:

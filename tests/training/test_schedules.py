@@ -1,7 +1,6 @@
 """Schedules equal the released code's, and timm's."""
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from pipeline.training.schedules import (
     warmup_cosine_one_late,
     warmup_then_cosine,
 )
+from tests.conftest import ReadGolden
 
 # 48 steps per epoch at batch 1024: 20 epochs of warm-up in 300.
 RELEASED: dict[str, Any] = {
@@ -33,9 +33,8 @@ RELEASED: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def golden(shared: Path) -> dict[str, Any]:
-    with np.load(shared / "golden" / "drloc.npz", allow_pickle=False) as file:
-        return {name: file[name] for name in file.files if name.startswith(("lambda/", "lr/"))}
+def golden(read_golden: ReadGolden) -> dict[str, Any]:
+    return read_golden("drloc.npz")
 
 
 def test_learning_rates_equal_the_released_ones_of_all_updates(golden: dict[str, Any]) -> None:

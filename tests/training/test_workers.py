@@ -1,22 +1,13 @@
 """Several processes count as one: sums are exact, and all hear what rank 0 says."""
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from pipeline.training.workers import Workers, current_workers
-from tests.training.two_workers import TwoWorkers, two_workers
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoWorkers]:
-    """Two real gloo processes."""
-    with two_workers(tmp_path_factory.mktemp("gloo")) as both:
-        yield both
+from tests.training.two_workers import TwoWorkers
 
 
 def who_am_i(workers: Workers) -> tuple[int, int, bool, str]:
