@@ -10,6 +10,7 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -81,26 +82,25 @@ def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 RAY_HEAD = """
-import sys, ray
-context = ray.init(address="local", include_dashboard=False, log_to_driver=False)
-print(context.address_info["address"], flush=True)
+import os, sys
+from ray.cluster_utils import Cluster
+args = {"num_cpus": os.cpu_count(), "dashboard_port": 0, "include_dashboard": sys.argv[1] == "True"}
+# Unlike ray.init, this finds a free port for each part of it: there may be several on a machine.
+cluster = Cluster(initialize_head=True, head_node_args=args)
+print(cluster.address, cluster.head_node.webui_url, flush=True)
 sys.stdin.read()
-ray.shutdown()
+cluster.shutdown()
 """
 
 
-@pytest.fixture(scope="session")
-def ray_address() -> Iterator[str]:
-    """A Ray of this machine that lasts as long as the tests; jobs join it by ``RAY_ADDRESS``.
-
-    It belongs to a process of its own: a job that joins it also leaves it, and its actors end, so
-    that the next one finds all cores free.
-    """
-    # As a job's own local Ray has them: workers inherit both.
+@contextmanager
+def ray_head(*, dashboard: bool) -> Iterator[tuple[str, str]]:
+    """A Ray of this machine, in a process of its own: its address, and its dashboard's."""
+    # As a job's own local Ray has them: workers inherit them.
     told = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
     told |= {"RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
     process = subprocess.Popen(
-        [sys.executable, "-c", RAY_HEAD],
+        [sys.executable, "-c", RAY_HEAD, str(dashboard)],
         cwd=ROOT,
         env={**os.environ, **told, "PYTHONPATH": str(ROOT)},
         stdin=subprocess.PIPE,
@@ -110,11 +110,24 @@ def ray_address() -> Iterator[str]:
     )
     assert process.stdin is not None
     assert process.stdout is not None
-    address = process.stdout.readline().strip()
+    address, _, page = process.stdout.readline().strip().partition(" ")
     assert address, "Ray did not start"
-    yield address
-    process.stdin.close()
-    process.wait(timeout=60)
+    try:
+        yield address, page
+    finally:
+        process.stdin.close()
+        process.wait(timeout=60)
+
+
+@pytest.fixture(scope="session")
+def ray_address() -> Iterator[str]:
+    """A Ray that lasts as long as the tests; jobs join it by ``RAY_ADDRESS``.
+
+    A job that joins it also leaves it, and its actors end, so that the next one finds all cores
+    free.
+    """
+    with ray_head(dashboard=False) as (address, _):
+        yield address
 
 
 @pytest.fixture(scope="session")

@@ -122,11 +122,19 @@ class LabelJobs:
             timeout=300,
         )
 
-    def start(self, images: Path, output: Path, *flags: str) -> "subprocess.Popen[str]":
-        """Start a job as a process with a Ray of its own, and return while it runs."""
+    def start(self, images: Path, output: Path, *flags: str, **env: str) -> "subprocess.Popen[str]":
+        """Start a job as a process and return while it runs.
+
+        Its Ray is its own, but where RAY_ADDRESS is given.
+        """
         log = (self.folder / f"job-{time.monotonic_ns()}.log").open("w")
         return subprocess.Popen(
-            self.command(images, output, *flags), cwd=ROOT, stdout=log, stderr=log, text=True
+            self.command(images, output, *flags),
+            cwd=ROOT,
+            stdout=log,
+            stderr=log,
+            text=True,
+            env={**os.environ, **env},
         )
 
 
@@ -200,6 +208,14 @@ def processes_below(process: "subprocess.Popen[str]") -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
 
 
+def line_of(process: psutil.Process) -> str:
+    """The command line of a process; of one that has ended, nothing."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
+
+
 def kill(process: "subprocess.Popen[str]") -> None:
     """SIGKILL the driver, and see to it that nothing which could still write outlives it."""
     below = processes_below(process)
@@ -208,17 +224,15 @@ def kill(process: "subprocess.Popen[str]") -> None:
     # Ray's agents, which do no work of ours, notice late that their node is gone; and a worker that
     # was just being started looks for its cluster for half a minute, and does nothing else.
     for one in filter(_does_no_work, below):
-        one.kill()
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
     _, alive = psutil.wait_procs(below, timeout=90)
     assert not alive, f"outlived the driver: {alive}"
 
 
 def _does_no_work(process: psutil.Process) -> bool:
-    with suppress(psutil.NoSuchProcess):
-        line = " ".join(process.cmdline())
-        # Once it has found its cluster, Ray renames it.
-        return "Agent" in process.name() or "default_worker.py" in line
-    return False
+    # Once it has found its cluster, Ray renames a worker.
+    return any(name in line_of(process) for name in ("Agent", "default_worker.py"))
 
 
 @pytest.fixture

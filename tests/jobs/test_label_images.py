@@ -18,6 +18,7 @@ from tests.jobs.conftest import (
     comparable,
     finished_blocks,
     kill,
+    line_of,
     processes_below,
     table_of,
     wait_for,
@@ -134,8 +135,9 @@ def test_a_killed_driver_resumes_to_the_table_of_an_uninterrupted_run(
     kept = {path: path.stat().st_mtime_ns for path in finished_blocks(output)}
     assert 5 <= len(kept) < 20
     assert not (output / "_MANIFEST.json").exists()
-    # Killed again, early, and resumed for good.
-    job = label_jobs.start(photos, output, "--resume", *SMALL_BLOCKS)
+    # Killed again, early, on a cluster that outlives it, and resumed for good.
+    cluster = label_jobs.ray_address
+    job = label_jobs.start(photos, output, "--resume", *SMALL_BLOCKS, RAY_ADDRESS=cluster)
     wait_for(lambda: len(finished_blocks(output)) > len(kept), job)
     assert all(path.stat().st_mtime_ns == when for path, when in kept.items()), "recomputed"
     kill(job)
@@ -152,19 +154,22 @@ def test_a_killed_actor_loses_nothing(
     output = tmp_path / "labels"
     job = label_jobs.start(photos, output, *SMALL_BLOCKS)
     wait_for(lambda: len(finished_blocks(output)) >= 3, job)
-    actors = [p for p in processes_below(job) if "LabelBlock" in " ".join(p.cmdline())]
-    assert actors, [" ".join(p.cmdline())[:60] for p in processes_below(job)]
+    actors = [p for p in processes_below(job) if "LabelBlock" in line_of(p)]
+    assert actors, [line_of(p)[:60] for p in processes_below(job)]
     actors[0].send_signal(signal.SIGKILL)
     assert job.wait(timeout=240) == 0
     assert comparable(output).equals(uninterrupted)
 
 
-@pytest.mark.parametrize("blocks_before", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize(
+    ("blocks_before", "joins"), [pytest.param(1, False, marks=pytest.mark.slow), (3, True)]
+)
 def test_a_job_keeps_others_out_and_at_sigterm_ends_with_143_and_leaves_nothing_behind(
-    label_jobs: LabelJobs, photos: Path, tmp_path: Path, blocks_before: int
+    label_jobs: LabelJobs, photos: Path, tmp_path: Path, blocks_before: int, joins: bool
 ) -> None:
     output = tmp_path / "labels"
-    job = label_jobs.start(photos, output, *SMALL_BLOCKS)
+    env = {"RAY_ADDRESS": label_jobs.ray_address} if joins else {}
+    job = label_jobs.start(photos, output, *SMALL_BLOCKS, **env)
     wait_for(lambda: (output / "_lease.json").exists(), job)
     second = label_jobs.run(photos, output, "--resume", *SMALL_BLOCKS)
     assert second.returncode == 5

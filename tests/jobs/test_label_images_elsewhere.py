@@ -13,35 +13,19 @@ import pytest
 
 from pipeline.data.pseudo_labels import read_manifest
 from pipeline.storage import Location
-from tests.conftest import ROOT
+from tests.conftest import ROOT, ray_head
 from tests.jobs.conftest import LabelJobs, write_photos
 
 pytestmark = pytest.mark.ray
 
-HEAD = """
-import sys, ray
-context = ray.init(address="local", include_dashboard=True, dashboard_port=0, num_cpus=2)
-print(context.dashboard_url, flush=True)
-sys.stdin.read()
-ray.shutdown()
-"""
 
-
-@pytest.fixture
-def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The address of a real Ray head of this machine, behind a token as ray_cluster.yaml has it."""
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "a-token-of-this-test-and-no-other")
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    process = subprocess.Popen(
-        [sys.executable, "-c", HEAD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stdin is not None
-    address = f"http://{process.stdout.readline().strip()}"
-    yield address
-    process.stdin.close()
-    process.wait(timeout=60)
+@pytest.fixture(scope="module")
+def head() -> Iterator[str]:
+    """The address of a Ray head's dashboard, behind a token as ray_cluster.yaml has it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+        with ray_head(dashboard=True) as (_, page):
+            yield f"http://{page}"
 
 
 def submit(command: list[str]) -> "subprocess.CompletedProcess[str]":

@@ -15,7 +15,7 @@ from PIL import Image
 from pipeline.storage import Location
 from pipeline.training.checkpoints import CheckpointStore
 from tests.conftest import ROOT
-from tests.jobs.conftest import processes_below
+from tests.jobs.conftest import line_of, processes_below
 from tests.jobs.here import run_here
 
 NARROW = "{embed_dim: 16, depths: [1, 1], num_heads: [1, 2], window_size: 4}"
@@ -144,7 +144,7 @@ def start(data: Path, output: Path, *flags: str) -> "subprocess.Popen[str]":
 
 def kill_ray_worker(process: "subprocess.Popen[str]") -> None:
     """SIGKILL the one Ray worker that trains for the job."""
-    below = [(one, " ".join(one.cmdline())) for one in processes_below(process)]
+    below = [(one, line_of(one)) for one in processes_below(process)]
     (worker,) = (one for one, line in below if "RayTrainWorker" in line)
     worker.send_signal(signal.SIGKILL)
 
