@@ -84,8 +84,11 @@ def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 RAY_HEAD = """
 import os, sys
 from ray.cluster_utils import Cluster
-args = {"num_cpus": os.cpu_count(), "dashboard_port": 0, "include_dashboard": sys.argv[1] == "True"}
-# Unlike ray.init, this finds a free port for each part of it: there may be several on a machine.
+# Unlike ray.init, it lets one choose the port of the agent that runs jobs: 0 is any that is free,
+# as there may be several Rays on a machine.
+args = {"num_cpus": os.cpu_count(), "dashboard_agent_listen_port": 0, "include_dashboard": False}
+if sys.argv[1] == "True":
+    args |= {"include_dashboard": True, "dashboard_port": 0}
 cluster = Cluster(initialize_head=True, head_node_args=args)
 print(cluster.address, cluster.head_node.webui_url, flush=True)
 sys.stdin.read()
