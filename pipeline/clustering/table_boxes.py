@@ -147,7 +147,7 @@ _BLOCK = 64
 _COLUMNS = ("uri", "status", "width", "height", "content_sha256", "boxes")
 # What only an image with a box has.
 _OF_BOXES = (
-    *("boxes", "scores", "labels"),
+    *("boxes", "scores", "labels", "contrast", "agreement", "masks"),
     *("seed_xy", "seed_degree", "area_fraction", "touches_border"),
 )
 

@@ -60,6 +60,23 @@ SCHEMA = pa.schema(
         pa.field("boxes", pa.list_(pa.list_(pa.float32(), 4))),
         pa.field("scores", pa.list_(pa.float32())),
         pa.field("labels", pa.list_(pa.int32())),
+        # What the scores rest on, one per box as they are; null where the method has no such thing.
+        pa.field("contrast", pa.list_(pa.float32())),
+        pa.field("agreement", pa.list_(pa.float32())),
+        # COCO's run lengths of a grid of ``size`` rows and columns, whose cells are ``cell`` pixels
+        # of the original wide and high: 1 and 1 where the mask is as fine as the image.
+        pa.field(
+            "masks",
+            pa.list_(
+                pa.struct(
+                    [
+                        pa.field("size", pa.list_(pa.int32())),
+                        pa.field("counts", pa.string()),
+                        pa.field("cell", pa.list_(pa.float32())),
+                    ]
+                )
+            ),
+        ),
         pa.field("method", pa.string(), nullable=False),
         # Centre of the seed patch, in pixels: two numbers, or null. Not a list of fixed size:
         # Arrow 25 writes null ones to Parquet but cannot read them back (apache/arrow#35692).

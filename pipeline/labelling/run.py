@@ -132,7 +132,7 @@ class LabelPass:
         with self._inputs.open() as stream:
             file = pq.ParquetFile(stream)
             for block in range(file.num_row_groups):
-                yield self.rows_of(block, file.read_row_group(block))
+                yield with_all_columns(self.rows_of(block, file.read_row_group(block)))
 
 
 ROWS_PER_FILE = 200_000
