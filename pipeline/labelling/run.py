@@ -118,7 +118,7 @@ class LabelPass:
         try:
             rows = pq.read_table(pa.BufferReader(place.read_bytes()))
             if rows["image_id"].to_pylist() == inputs["image_id"].to_pylist():
-                return rows
+                return with_all_columns(rows)
             reason = "its rows are not those of its inputs"
         except (OSError, pa.ArrowInvalid) as fault:
             reason = one_line(fault)
@@ -132,7 +132,7 @@ class LabelPass:
         with self._inputs.open() as stream:
             file = pq.ParquetFile(stream)
             for block in range(file.num_row_groups):
-                yield with_all_columns(self.rows_of(block, file.read_row_group(block)))
+                yield self.rows_of(block, file.read_row_group(block))
 
 
 ROWS_PER_FILE = 200_000

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from pipeline.config.labelling import Similarity
 
-# A product costs four bytes.
-_BYTES_PER_PRODUCT = 4
+BYTES_PER_PRODUCT = 4
 # Four bands skip 3/8 of the products; more of them save little and make the multiplications thin.
 _BANDS = 4
 
@@ -85,7 +84,7 @@ def count_similar(patch_BND: Tensor, usable_BN: Tensor, *, memory_mib: int) -> T
     in any company.
     """
     batch, patches = usable_BN.shape
-    budget = memory_mib * 2**20 // _BYTES_PER_PRODUCT
+    budget = memory_mib * 2**20 // BYTES_PER_PRODUCT
     rows = max(1, min(math.ceil(patches / _BANDS), budget // patches))
     images = max(1, budget // (rows * patches))
     count_BN = torch.zeros(batch, patches, dtype=torch.int64, device=patch_BND.device)
