@@ -6,11 +6,10 @@ and the range in ``Field`` is checked before anything is loaded. Then use it whe
 (a loss, a transform, a loader) holds its group: nothing lies between. Names of choices stand here
 too, and pure functions that take one import it from here. A job stops at a room's door.
 
-    settings.py         what all groups share
-    labelling/labeller.py        label_images, evaluate_boxes, draw_boxes, demo
+    settings.py         what all groups, all tracked jobs and all trainings share
+    labelling.py        label_images, fit_head, evaluate_boxes, draw_boxes, demo
     clustering.py       cluster_boxes
-    config/settings.py         what all training jobs share
-    config/classification.py, classification.py   train_classifier, compare_runs
+    classification.py   train_classifier, compare_runs
     pretraining.py      pretrain_dino
     detection.py        train_detector, detect_images
     reproduction.py     reproduce
@@ -31,11 +30,13 @@ from pipeline.config.clustering import ClusterJob, TokenBackboneConfig
 from pipeline.config.detection import DetectJob, DetectorConfig, TrainDetectorJob
 from pipeline.config.labelling import (
     BackboneConfig,
+    BlockJob,
     BulkJob,
     ComputeConfig,
     DemoJob,
     DrawJob,
     EvaluateJob,
+    FitHeadJob,
     ImagesConfig,
     LabelJob,
     LocalizationConfig,
@@ -48,6 +49,7 @@ from pipeline.config.tuning import TuneJob
 __all__ = [
     "AugmentConfig",
     "BackboneConfig",
+    "BlockJob",
     "BulkJob",
     "ClassifierConfig",
     "ClusterJob",
@@ -60,6 +62,7 @@ __all__ = [
     "DetectorConfig",
     "DrawJob",
     "EvaluateJob",
+    "FitHeadJob",
     "ImagesConfig",
     "LabelJob",
     "LocalizationConfig",

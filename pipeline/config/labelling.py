@@ -16,7 +16,7 @@ from pipeline.config.settings import (
 )
 
 Feature = Literal["key", "query", "value"]
-Rule = Literal["solost", "lost"]
+Rule = Literal["solost", "lost", "ncut", "head"]
 Similarity = Literal["cosine", "dot", "pearson"]
 Difficult = Literal["drop", "ignore", "keep"]
 Scores = Literal["table", "equal"]
@@ -46,10 +46,11 @@ class BackboneConfig(Settings):
 
 
 class LocalizationConfig(Settings):
-    """How patch features become one box per image (LOST, BMVC 2021; SoLOST, 2022)."""
+    """How patch features become boxes: LOST (BMVC 2021), SoLOST (2022), the cut, the head."""
 
     rule: Rule = "solost"
-    """Which patches join the seed: the rules live in localization/seed_expansion.py."""
+    """solost and lost grow a seed, ncut cuts the image in two, head applies what was learnt from
+    the cuts of many images; see docs/method.md."""
 
     similarity: Similarity | None = None
     """How patches are compared; None is the rule's own (lost: dot, solost: cosine)."""
@@ -62,6 +63,46 @@ class LocalizationConfig(Settings):
 
     affinity_memory_mib: PositiveInt = 512
     """Memory one batch's patch-by-patch products may take; above it they are computed in tiles."""
+
+    cut_threshold: Annotated[float, Field(gt=-1, lt=1)] = 0.2
+    """ncut (and what a head is fitted on): cosine above which two patches are similar."""
+
+    head: str | None = None
+    """head: folder that jobs/fit_head.py wrote; None fits one on a sample of the images first."""
+
+    force_head: bool = False
+    """head: use it also where it seems to ruin boxes; else the cut steps in."""
+
+    max_objects: PositiveInt = 1
+    """head: boxes of an image, at most; the other rules find one."""
+
+    nms_iou: Fraction = 0.5
+    """head, many boxes: of two that overlap more the worse is dropped. .5 gives the best AP50, .7
+    the best recall."""
+
+    min_score: float | None = None
+    """Boxes with a lower score are left out; an image without any is no_object."""
+
+    masks: bool = False
+    """Keep each box's mask, at the resolution of patches."""
+
+    refine_masks: bool = False
+    """Keep masks, at the resolution of the image, fitted to its edges by a guided filter."""
+
+    def arguments(self) -> dict[str, Any]:
+        """The keywords of ``localize``, but for the head itself."""
+        return self.model_dump(exclude={"head", "force_head", "min_score", "masks", "refine_masks"})
+
+    def what_decides_the_boxes(self) -> dict[str, Any]:
+        """Those that a resumed run must share: not what the rule has no use for."""
+        of_rule = {"ncut": {"cut_threshold"}, "head": {"max_objects", "nms_iou"}}
+        always = {"rule", "similarity", "keep_fraction", "num_candidates"}
+        given = {
+            name
+            for name in ("min_score", "masks", "refine_masks")
+            if getattr(self, name) != type(self).model_fields[name].default
+        }
+        return self.model_dump(include=always | of_rule.get(self.rule, set()) | given)
 
 
 class ImagesConfig(Settings):
@@ -99,8 +140,9 @@ class ComputeConfig(Settings):
     block_size: PositiveInt = 64
     """Images per unit of work: what a kill can cost, and what is decoded in one go."""
 
-    num_actors: PositiveInt | None = None
-    """Labelling actors; None is one per GPU, or without GPUs one per cpus_per_actor cores."""
+    num_actors: Annotated[int, Field(ge=0)] | None = None
+    """Labelling actors; None is one per GPU, or without GPUs one per cpus_per_actor cores; 0 works
+    in this process, without Ray."""
 
     gpus_per_actor: Annotated[float, Field(ge=0)] | None = None
     """GPUs each actor reserves; None is 1 where the cluster has GPUs and 0 elsewhere."""
@@ -112,25 +154,19 @@ class ComputeConfig(Settings):
     """Ask for more actors than the cluster has room for now; the autoscaler brings nodes."""
 
 
-class BulkJob(TrackedSettings):
-    """What the jobs share that give every image of a collection one row of a table."""
+class BlockJob(TrackedSettings):
+    """What the jobs share that go over a collection in blocks."""
 
     goes_on_with: ClassVar = "--resume"
 
     output: str
-    """Folder (or URI) of the pseudo-label table; must be new, unless --resume or --overwrite."""
+    """Folder (or URI) of what is made; must be new, unless --resume or --overwrite."""
 
     resume: bool = False
     """Continue an interrupted run of the same configuration."""
 
     overwrite: bool = False
     """Delete what the output holds from an earlier run, and start anew."""
-
-    retry_failed: bool = False
-    """With --resume: label again the rows whose status is error_*."""
-
-    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
-    """More failed inputs than this end the (complete) job with exit code 6."""
 
     progress_seconds: Annotated[float, Field(gt=0)] = 5.0
     """Seconds between progress lines where the output is not a terminal."""
@@ -139,18 +175,36 @@ class BulkJob(TrackedSettings):
     compute: ComputeConfig = ComputeConfig()
 
     @model_validator(mode="after")
-    def _flags_agree(self) -> "BulkJob":
+    def _resume_or_overwrite(self) -> "BlockJob":
         if self.resume and self.overwrite:
             raise ValueError("--resume and --overwrite contradict each other: give one of them")
+        return self
+
+
+class BulkJob(BlockJob):
+    """What the jobs share that give every image of a collection one row of a table."""
+
+    retry_failed: bool = False
+    """With --resume: label again the rows whose status is error_*."""
+
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """More failed inputs than this end the (complete) job with exit code 6."""
+
+    @model_validator(mode="after")
+    def _retries_what_is_there(self) -> "BulkJob":
         if self.retry_failed and not self.resume:
             raise ValueError("--retry-failed needs --resume: it goes over an earlier run's rows")
         return self
 
 
 class LabelJob(BulkJob):
-    """Give every image of a collection one pseudo box, and write the boxes as Parquet."""
+    """Give every image of a collection its pseudo boxes, and write them as Parquet."""
 
-    places: ClassVar = {"images": "images", "backbone.checkpoint": "file or folder"}
+    places: ClassVar = {
+        "images": "images",
+        "backbone.checkpoint": "file or folder",
+        "localization.head": "file or folder",
+    }
 
     images: str
     """A folder, a glob, a .txt or .parquet list of URIs, or Parquet with image bytes; local paths,
@@ -159,13 +213,55 @@ class LabelJob(BulkJob):
     backbone: BackboneConfig = BackboneConfig()
     localization: LocalizationConfig = LocalizationConfig()
 
-    def what_decides_the_boxes(self, weights_sha256: str) -> dict[str, Any]:
+    @model_validator(mode="after")
+    def _head_has_use(self) -> "LabelJob":
+        if self.localization.head is not None and self.localization.rule != "head":
+            raise ValueError("--localization.head needs --localization.rule head")
+        return self
+
+    def what_decides_the_boxes(
+        self, weights_sha256: str, head_sha256: str | None = None
+    ) -> dict[str, Any]:
         """The part of the configuration that a resumed run must share, as flat JSON values."""
         backbone = self.backbone.model_dump(mode="json", exclude={"checkpoint"})
+        head = {} if head_sha256 is None else {"head_sha256": head_sha256}
         groups = {
             "images": self.images,
             "backbone": {**backbone, "weights_sha256": weights_sha256},
-            "localization": self.localization.model_dump(exclude={"affinity_memory_mib"}),
+            "localization": self.localization.what_decides_the_boxes() | head,
+            "decode": self.decode.model_dump(mode="json"),
+            "precision": self.compute.precision,
+        }
+        return flatten(groups)
+
+
+class FitHeadJob(BlockJob):
+    """Fit a head that finds objects on the cuts of a sample of one's own images, without labels."""
+
+    places: ClassVar = {"images": "images", "backbone.checkpoint": "file or folder"}
+
+    images: str
+    """A folder, a glob, a .txt or .parquet list of URIs, or Parquet with image bytes; local paths,
+    s3:// or gs://."""
+
+    num_images: Annotated[int, Field(ge=2)] = 500
+    """Of the sample. They are drawn by a hash of their names: the same ones on any machine."""
+
+    num_rounds: PositiveInt = 6
+    """Fits: the first is of the cuts, each further one of what the head itself says."""
+
+    cut_threshold: Annotated[float, Field(gt=-1, lt=1)] = 0.2
+    """Of the cuts: cosine above which two patches are similar."""
+
+    backbone: BackboneConfig = BackboneConfig()
+
+    def what_decides_the_head(self, weights_sha256: str) -> dict[str, Any]:
+        """The part of the configuration that a resumed run must share, as flat JSON values."""
+        backbone = self.backbone.model_dump(mode="json", exclude={"checkpoint"})
+        groups = {
+            **{name: getattr(self, name) for name in ("images", "num_images", "num_rounds")},
+            "cut_threshold": self.cut_threshold,
+            "backbone": {**backbone, "weights_sha256": weights_sha256},
             "decode": self.decode.model_dump(mode="json"),
             "precision": self.compute.precision,
         }

@@ -1,8 +1,8 @@
-"""The connected part of a mask that holds the seed, and the box around it.
+"""The connected parts of a mask, that which holds the seed, and the box around it.
 
 Patches touch along edges only (4-connectivity): scipy's default structure, which LOST uses.
 
-Shape letters:  B images   H, W grid rows and columns
+Shape letters:  B images   M masks   H, W grid rows and columns
 """
 
 import numpy as np
@@ -24,16 +24,42 @@ def seed_component(mask_BHW: Tensor, seed_B: Tensor) -> Tensor:
     One call for the whole batch: a labelling by SciPy on the CPU, a flood fill where the mask
     lives on another device and copying would stall it.
     """
-    return fill_from_seed(mask_BHW, seed_B) if mask_BHW.is_cuda else label_once(mask_BHW, seed_B)
+    if mask_BHW.is_cuda:
+        return fill_from_seed(mask_BHW, seed_B)
+    label_BHW = label_by_scipy(mask_BHW)
+    label_B = label_BHW.flatten(1).gather(1, seed_B[:, None])[:, 0]
+    return mask_BHW & (label_BHW == label_B[:, None, None])
 
 
-def label_once(mask_BHW: Tensor, seed_B: Tensor) -> Tensor:
-    """``seed_component`` by labelling all components at once, on the CPU."""
-    label_BHW, _ = ndimage.label(mask_BHW.cpu().numpy(), structure=_WITHIN_IMAGE)
-    rows_B, columns_B = np.divmod(seed_B.cpu().numpy(), mask_BHW.shape[2])
-    label_B = label_BHW[np.arange(len(label_BHW)), rows_B, columns_B]
-    component_BHW = (label_BHW == label_B[:, None, None]) & (label_BHW > 0)
-    return torch.from_numpy(component_BHW).to(mask_BHW.device)
+def label_components(mask_MHW: Tensor) -> Tensor:
+    """The connected parts of all masks, numbered from 1 in the order of their first patches.
+
+    Returns:
+        ``(M, H, W)`` int64, 0 outside.
+    """
+    return label_by_flood(mask_MHW) if mask_MHW.is_cuda else label_by_scipy(mask_MHW)
+
+
+def label_by_scipy(mask_MHW: Tensor) -> Tensor:
+    """``label_components`` on the CPU, in one call."""
+    label_MHW, _ = ndimage.label(mask_MHW.cpu().numpy(), structure=_WITHIN_IMAGE)
+    return torch.from_numpy(label_MHW.astype(np.int64)).to(mask_MHW.device)
+
+
+def label_by_flood(mask_MHW: Tensor) -> Tensor:
+    """``label_components`` on any device: the number of each part's first patch floods it."""
+    patch_MHW = torch.arange(1, mask_MHW.numel() + 1, device=mask_MHW.device)
+    outside = mask_MHW.numel() + 1
+    patch_MHW = patch_MHW.reshape(mask_MHW.shape).masked_fill(~mask_MHW, outside)
+    while True:
+        before_MHW = patch_MHW
+        for _ in range(_STEPS_PER_LOOK):
+            patch_MHW = _least_of_neighbours(patch_MHW).masked_fill(~mask_MHW, outside)
+        if torch.equal(before_MHW, patch_MHW):
+            break
+    _, label_MHW = patch_MHW.masked_fill(~mask_MHW, 0).unique(return_inverse=True)
+    # Without a patch outside there is no 0 to begin with.
+    return label_MHW + int(bool(mask_MHW.all()))
 
 
 def fill_from_seed(mask_BHW: Tensor, seed_B: Tensor) -> Tensor:
@@ -56,6 +82,18 @@ def _with_neighbours(mask_BHW: Tensor) -> Tensor:
     grown_BHW[:, :, 1:] |= mask_BHW[:, :, :-1]
     grown_BHW[:, :, :-1] |= mask_BHW[:, :, 1:]
     return grown_BHW
+
+
+def _least_of_neighbours(number_MHW: Tensor) -> Tensor:
+    least_MHW = number_MHW.clone()
+    for here, there in (
+        (least_MHW[:, 1:], number_MHW[:, :-1]),
+        (least_MHW[:, :-1], number_MHW[:, 1:]),
+        (least_MHW[:, :, 1:], number_MHW[:, :, :-1]),
+        (least_MHW[:, :, :-1], number_MHW[:, :, 1:]),
+    ):
+        torch.minimum(here, there, out=here)
+    return least_MHW
 
 
 def tight_boxes(mask_BHW: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.localization.components import fill_from_seed, label_once, tight_boxes
+from pipeline.localization.components import fill_from_seed, seed_component, tight_boxes
 from tests.localization.slow_localize import flood
 
 
@@ -16,7 +16,7 @@ def test_labelling_equals_flood_fill_equals_the_slow_loop(
     generator = torch.Generator().manual_seed(seed)
     mask = torch.rand(3, height, width, generator=generator) < density
     seeds = torch.randint(height * width, (3,), generator=generator)
-    labelled = label_once(mask, seeds)
+    labelled = seed_component(mask, seeds)
     assert torch.equal(labelled, fill_from_seed(mask, seeds))
     for image in range(3):
         on = set(mask[image].flatten().nonzero().flatten().tolist())
@@ -44,7 +44,7 @@ def test_the_neighbour_image_of_the_batch_is_never_reached() -> None:
     mask = torch.zeros(2, 2, 2, dtype=torch.bool)
     mask[0] = True
     mask[1, 0, 0] = True
-    component = label_once(mask, torch.tensor([0, 3]))
+    component = seed_component(mask, torch.tensor([0, 3]))
     assert component[0].all()
     assert not component[1].any()
 
