@@ -6,9 +6,10 @@ from tempfile import TemporaryDirectory
 
 import pyarrow as pa
 
-from pipeline.cluster.label_blocks import LabelPlan, Recipe, label_blocks
+from pipeline.cluster.label_blocks import label_blocks
 from pipeline.config import ComputeConfig, ImagesConfig
 from pipeline.data.lake import INPUT_SCHEMA
+from pipeline.labelling.block_tasks import LabelPlan, Recipe
 from pipeline.labelling.rows import Provenance
 from pipeline.labelling.run import LabelPass
 from pipeline.storage import Location

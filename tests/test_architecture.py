@@ -73,7 +73,7 @@ def test_rooms_outside_the_cluster_load_neither_ray_nor_mlflow_and_the_command_l
 
 def test_workers_load_no_more_than_they_use() -> None:
     tasks, actors = loaded_in_turn(
-        ["pipeline.cluster.block_tasks"], ["pipeline.cluster.label_blocks"]
+        ["pipeline.labelling.block_tasks"], ["pipeline.cluster.label_blocks"]
     )
     # A worker that reads and writes blocks.
     assert not tasks & {"torch", "timm", "mlflow"}

@@ -7,31 +7,28 @@ in labelling/run.py.
 """
 
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.cluster.block_tasks import Receipt
-from pipeline.cluster.label_blocks import LabelPlan, Recipe, label_blocks
-from pipeline.config import BulkJob, flatten
+from pipeline.cluster.label_blocks import label_blocks
+from pipeline.config import BlockJob, BulkJob, flatten
 from pipeline.data.lake import Listing
 from pipeline.data.pseudo_labels import Manifest, config_hash, iterate_labels, versions
 from pipeline.errors import ConfigError, TooManyBadImages, without_secrets
 from pipeline.gallery.gallery import sheet_of_boxes
+from pipeline.labelling.block_tasks import LabelPlan, Recipe
 from pipeline.labelling.rows import Provenance
 from pipeline.labelling.run import LabelPass, LabelRun, open_run
+from pipeline.labelling.work_through import Spread, label_here, work_through
 from pipeline.lease import Lease
-from pipeline.progress import ProgressReporter
 from pipeline.storage import Location
 from pipeline.tracking.tracker import OFF, Tracker, absolute_uri, start_tracker
-
-# Metrics go to MLflow at this pace: a curve people can read, not a point per block.
-_METRIC_SECONDS = 10.0
 
 
 class ImageList(Protocol):
@@ -96,7 +93,14 @@ def run_bulk_job(job: BulkJob, work: Work) -> int:
         plan = LabelPlan(label_pass, work.recipe, provenance, job.decode, job.compute)
         with _tracker(run, job, work) as tracker:
             _log_start(tracker, _as_told(job), run, work)
-            speed = _label(plan, job, work.verb, tracker, lease)
+            speed = work_through(
+                plan,
+                spread_of(job),
+                verb=work.verb,
+                progress_seconds=job.progress_seconds,
+                tracker=tracker,
+                lease=lease,
+            )
             lease.check()
             manifest = run.commit(
                 number,
@@ -108,6 +112,11 @@ def run_bulk_job(job: BulkJob, work: Work) -> int:
             tracker.log_metrics({"images_per_second": speed})
             _log_results(tracker, manifest, output)
     return _summarise(manifest, output, job)
+
+
+def spread_of(job: BlockJob) -> Spread:
+    """What does the job's work: Ray, or this process."""
+    return label_here if job.compute.num_actors == 0 else partial(label_blocks, debug=job.debug)
 
 
 def _freeze_inputs(run: LabelRun, label_pass: LabelPass, job: BulkJob, work: Work) -> bool:
@@ -146,42 +155,6 @@ def _describe(listing: Listing) -> Iterator[str]:
     if listing.num_unreadable_folders:
         folders = ", ".join(listing.unreadable_folders)
         yield f"  UNREADABLE FOLDERS, their images are missing: {folders}"
-
-
-def _label(plan: LabelPlan, job: BulkJob, verb: str, tracker: Tracker, lease: Lease) -> float:
-    """Label the blocks that are not on disk yet; images per second of this part."""
-    sizes = plan.label_pass.sizes()
-    finished = plan.label_pass.finished_blocks()
-    waiting = [block for block in range(len(sizes)) if block not in finished]
-    done = sum(sizes[block] for block in finished)
-    if finished:
-        _say(f"resuming: {done:,} of {sum(sizes):,} images are on disk")
-    if not waiting:
-        return 0.0
-    receipts = label_blocks(plan, waiting, debug=job.debug)
-    with ProgressReporter(verb, sum(sizes), done=done, seconds=job.progress_seconds) as progress:
-        for receipt in _at_a_pace(receipts, progress, tracker):
-            lease.check()
-            progress.advance(receipt.rows, _outcomes(receipt))
-        return progress.items_per_second
-
-
-def _outcomes(receipt: Receipt) -> dict[str, int]:
-    bad = sum(n for status, n in receipt.counts.items() if status.startswith("error_"))
-    return {"bad": bad, "noobj": receipt.counts.get("no_object", 0)}
-
-
-def _at_a_pace(
-    receipts: Iterator[Receipt], progress: ProgressReporter, tracker: Tracker
-) -> Iterator[Receipt]:
-    """The receipts; every few seconds their speed goes to the tracker."""
-    told = time.monotonic()
-    for receipt in receipts:
-        yield receipt
-        if time.monotonic() - told >= _METRIC_SECONDS:
-            told = time.monotonic()
-            speed = {"images_per_second": progress.items_per_second, **progress.counts}
-            tracker.log_metrics(speed, step=progress.done)
 
 
 def _tracker(run: LabelRun, job: BulkJob, work: Work, told: Manifest | None = None) -> Tracker:

@@ -1,7 +1,8 @@
 """Label a collection on Ray Data: blocks of inputs -> pixels (CPU) -> boxes (actors) -> Parquet.
 
 What an actor does to a block of pixels is its recipe (``PseudoBoxes`` of labelling/labeller.py,
-``DetectedBoxes`` of detection/labeller.py), and nothing here knows it. Another way to label is
+``DetectedBoxes`` of detection/labeller.py), and nothing here knows it; the same plan without Ray
+is labelling/work_through.py. Another way to label is
 another recipe, beside its labeller, and a door like detect_images.py.
 
 Every block goes through whole: one task reads and decodes it, one actor call labels it, one task
@@ -11,19 +12,25 @@ flight, is told in labelling/run.py.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pyarrow as pa
 import ray
 import torch
 
-from pipeline.cluster.block_tasks import CommitBlock, LoadBlock, Receipt, receipts_of
 from pipeline.cluster.session import count, ray_session
-from pipeline.config import ComputeConfig, ImagesConfig
+from pipeline.config import ComputeConfig
 from pipeline.errors import ClusterError, one_line
+from pipeline.labelling.block_tasks import (
+    CommitBlock,
+    LabelPlan,
+    LoadBlock,
+    Receipt,
+    Recipe,
+    receipts_of,
+)
 from pipeline.labelling.rows import Provenance
-from pipeline.labelling.run import LabelPass
 from pipeline.storage import Location
 
 # Without GPUs actors and decoding share the cores. An actor reserves less than the cores it works
@@ -31,13 +38,6 @@ from pipeline.storage import Location
 _CPU_SHARE_OF_ACTOR = 0.75
 _CPU_SHARE_OF_LOADING = 0.25
 _CPU_SHARE_OF_COMMIT = 0.125
-
-Labeller = Callable[[pa.Table], pa.Table]
-"""Rows of ``PIXELS_SCHEMA`` in, as many rows of ``pseudo_labels.SCHEMA`` out."""
-
-Recipe = Callable[[Provenance, str], Labeller]
-"""What rows say of their making, and a device (``cpu``, ``cuda``), give a labeller. It is pickled
-once, fetched once a node, and called where its device is."""
 
 _LOG = logging.getLogger("pipeline.label_blocks")
 
@@ -92,17 +92,6 @@ class _LabelBlock:
     def __call__(self, pixels: pa.Table) -> pa.Table:
         rows = self.labeller(pixels.drop_columns("block"))
         return rows.append_column("block", pixels["block"])
-
-
-@dataclass(frozen=True)
-class LabelPlan:
-    """All that the workers of a pass need to know."""
-
-    label_pass: LabelPass
-    recipe: Recipe
-    provenance: Provenance
-    decode: ImagesConfig
-    compute: ComputeConfig
 
 
 def label_blocks(plan: LabelPlan, blocks: list[int], *, debug: bool = False) -> Iterator[Receipt]:

@@ -16,6 +16,7 @@ from pipeline.config.settings import (
 )
 
 Feature = Literal["key", "query", "value"]
+SeedRule = Literal["solost", "lost"]
 Rule = Literal["solost", "lost", "ncut", "head"]
 Similarity = Literal["cosine", "dot", "pearson"]
 Difficult = Literal["drop", "ignore", "keep"]
@@ -91,7 +92,8 @@ class LocalizationConfig(Settings):
 
     def arguments(self) -> dict[str, Any]:
         """The keywords of ``localize``, but for the head itself."""
-        return self.model_dump(exclude={"head", "force_head", "min_score", "masks", "refine_masks"})
+        of_rows = {"max_objects", "nms_iou", "min_score", "masks", "refine_masks"}
+        return self.model_dump(exclude=of_rows | {"head", "force_head"})
 
     def what_decides_the_boxes(self) -> dict[str, Any]:
         """Those that a resumed run must share: not what the rule has no use for."""

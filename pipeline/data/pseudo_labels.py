@@ -148,10 +148,16 @@ def versions() -> dict[str, str]:
     return found
 
 
-def encode_table(table: pa.Table, config: dict[str, Any]) -> bytes:
-    """``table`` as the bytes of one Parquet file (zstd), with the table's metadata."""
+def encode_table(table: pa.Table, config: dict[str, Any], schema: pa.Schema | None = None) -> bytes:
+    """``table`` as the bytes of one Parquet file (zstd), with the table's metadata.
+
+    Args:
+        table: rows of the schema.
+        config: how they are made.
+        schema: None is ``SCHEMA``.
+    """
     sink = pa.BufferOutputStream()
-    schema = SCHEMA.with_metadata(file_metadata(config))
+    schema = (SCHEMA if schema is None else schema).with_metadata(file_metadata(config))
     pq.write_table(table.cast(schema), sink, compression="zstd")
     return bytes(sink.getvalue())
 

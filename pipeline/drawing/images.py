@@ -34,10 +34,12 @@ METHOD_COLOURS: dict[str, Colour] = {
     "lost": (255, 159, 28),
     "solost": (64, 224, 128),
     "cad": (88, 166, 255),
+    "ncut": (255, 214, 92),
+    "head": (255, 105, 180),
 }
 """One colour per rule wherever its box or mask is drawn; ``cad`` is the detector's."""
 
-METHOD_NAMES = {"lost": "LOST", "solost": "SoLOST", "cad": "CAD"}
+METHOD_NAMES = {"lost": "LOST", "solost": "SoLOST", "cad": "CAD", "ncut": "NCut", "head": "Head"}
 
 PANEL: Size = (400, 300)
 THUMBNAIL: Size = (240, 180)

@@ -140,7 +140,9 @@ def _require_same(weights: Weights, sha256: str) -> None:
 
 
 def _similarity(settings: LocalizationConfig) -> Similarity:
-    return settings.similarity or OWN_SIMILARITY[settings.rule]
+    rule = settings.rule
+    own = OWN_SIMILARITY[rule] if rule == "lost" or rule == "solost" else "cosine"
+    return settings.similarity or own
 
 
 def _similarity_to_seed(
@@ -157,7 +159,7 @@ def _similarity_to_seed(
 
 
 def _mask_panel(pixels_HW3: Pixels, features: PatchFeatures, settings: LocalizationConfig) -> Panel:
-    found = localize(features.tokens_BHWD, **dict(settings))
+    found = localize(features.tokens_BHWD, **settings.arguments())
     picture = draw_mask(
         pixels_HW3,
         found.mask_BHW[0].cpu().numpy(),

@@ -1,20 +1,41 @@
-"""What a task does to a block before and after the network has seen it.
+"""What is done to a block of images before and after a labeller has seen it, and with what plan.
 
-Apart from label_blocks.py because this file must not import torch: every worker process that runs a
-task imports its file, and torch would cost it seconds and half a gigabyte.
+Apart from work_through.py and the cluster's label_blocks.py because this file must not import
+torch: every worker process that runs a task imports its file, and torch would cost it seconds and
+half a gigabyte.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
-from pipeline.config import ImagesConfig
+from pipeline.config import ComputeConfig, ImagesConfig
 from pipeline.data.pixels import load_pixels
 from pipeline.errors import StorageError
+from pipeline.labelling.rows import Provenance
 from pipeline.labelling.run import LabelPass
+
+Labeller = Callable[[pa.Table], pa.Table]
+"""Rows of ``PIXELS_SCHEMA`` in, as many rows of the pass's schema out."""
+
+Recipe = Callable[[Provenance, str], Labeller]
+"""What rows say of their making, and a device (``cpu``, ``cuda``), give a labeller. It is pickled
+once, fetched once a node, and called where its device is."""
+
+
+@dataclass(frozen=True)
+class LabelPlan:
+    """All that those who work on a pass need to know."""
+
+    label_pass: LabelPass
+    recipe: Recipe
+    provenance: Provenance
+    decode: ImagesConfig
+    compute: ComputeConfig
+
 
 RECEIPT = pa.schema(
     [

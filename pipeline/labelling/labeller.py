@@ -15,19 +15,20 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from pipeline.boxes import Boxes, area
 from pipeline.config import BackboneConfig, LocalizationConfig
 from pipeline.config.settings import Normalization, Precision
+from pipeline.data.pseudo_labels import SCHEMA
+from pipeline.labelling.outcomes import outcomes_of
 from pipeline.labelling.rows import (
     Image,
     Outcome,
     Provenance,
     decoded_images,
     label_rows,
-    no_object,
     rows_in_groups,
     too_large,
 )
+from pipeline.localization.head import Head
 from pipeline.localization.localize import Localization, localize
 from pipeline.models.checkpoints import Weights
 from pipeline.models.features import (
@@ -42,7 +43,6 @@ from pipeline.models.features import (
 
 __all__ = [
     "BATCH_SIZES",
-    "NOTHING_FOUND",
     "ForwardPass",
     "Image",
     "Provenance",
@@ -50,10 +50,8 @@ __all__ = [
     "PseudoBoxes",
 ]
 
-OBJECT_LABEL = 1
 # More than four 500 x 375 images' activations leave a CPU's caches: 15 % slower (docs/log.md).
 BATCH_SIZES = {"cpu": 4, "cuda": 32}
-NOTHING_FOUND = "no patch can be a seed: all features are zero or not finite"
 
 
 @dataclass(frozen=True)
@@ -67,15 +65,19 @@ class ForwardPass:
 
 
 class PseudoBoxLabeller:
-    """Gives each row of decoded pixels one box; a row without pixels keeps its status.
+    """Gives each row of decoded pixels its boxes; a row without pixels keeps its status.
 
     Args:
         backbone: patch features of normalised, padded images.
-        localization: how features become boxes: the arguments of ``localize``.
+        localization: how features become boxes.
         provenance: copied into every row.
         forward: how images go through the backbone.
+        head: of rule head; ``localization.head`` only names the place it was read from.
         device: where the network runs, e.g. ``"cpu"`` or ``"cuda"``.
     """
+
+    schema = SCHEMA
+    """Of the rows."""
 
     def __init__(
         self,
@@ -84,12 +86,14 @@ class PseudoBoxLabeller:
         provenance: Provenance,
         *,
         forward: ForwardPass | None = None,
+        head: Head | None = None,
         device: str = "cpu",
     ) -> None:
         self.backbone = backbone.to(device)
         self.localization = localization
         self.provenance = provenance
         self.forward = forward or ForwardPass()
+        self.head = head
         self.device = device
         self.batch_size = self.forward.batch_size or BATCH_SIZES[device.partition(":")[0]]
 
@@ -107,7 +111,11 @@ class PseudoBoxLabeller:
             batch = [image for row in rows if (image := images[row]) is not None]
             outcomes |= zip(rows, self._label(batch, sizes_N2[rows]), strict=True)
         return label_rows(
-            decoded, outcomes, method=self.localization.rule, provenance=self.provenance
+            decoded,
+            outcomes,
+            method=self.localization.rule,
+            provenance=self.provenance,
+            schema=self.schema,
         )
 
     def batches(self, images: Sequence[Image | None]) -> Iterator[list[int]]:
@@ -124,8 +132,7 @@ class PseudoBoxLabeller:
 
         def label(rows: Sequence[int]) -> list[Outcome]:
             chosen = [images[row] for row in rows]
-            features = self.extract(chosen)
-            return _outcomes(self.localize(features), features.stride, chosen, sizes_B2[rows])
+            return self.look_at(chosen, self.extract(chosen), sizes_B2[rows])
 
         return as_fits(
             label,
@@ -146,13 +153,20 @@ class PseudoBoxLabeller:
         return features
 
     def localize(self, features: PatchFeatures) -> Localization:
-        """The boxes of these settings, in patches."""
-        return localize(features.tokens_BHWD, **dict(self.localization))
+        """The main object by these settings, in patches."""
+        return localize(features.tokens_BHWD, head=self.head, **self.localization.arguments())
+
+    def look_at(
+        self, images: Sequence[Image], features: PatchFeatures, sizes_B2: NDArray[Any]
+    ) -> list[Outcome]:
+        """One outcome per image of a batch; ``sizes_B2`` are the originals' widths and heights."""
+        found = self.localize(features)
+        return outcomes_of(found, features.stride, images, sizes_B2, self.localization)
 
 
 @dataclass(frozen=True, eq=False)
 class PseudoBoxes:
-    """One box per image, found in the features of a backbone: a recipe for a labeller.
+    """Boxes found in the features of a backbone: a recipe for a labeller.
 
     To be pickled once and called where the images are.
     """
@@ -162,6 +176,8 @@ class PseudoBoxes:
     localization: LocalizationConfig
     precision: Precision = "fp32"
     batch_size: int | None = None
+    head: Head | None = None
+    labeller: type[PseudoBoxLabeller] = PseudoBoxLabeller
 
     def __call__(self, provenance: Provenance, device: str) -> PseudoBoxLabeller:
         """The labeller, its network on ``device`` (``cpu``, ``cuda``)."""
@@ -173,61 +189,11 @@ class PseudoBoxes:
             chosen.name, self.weights, feature=chosen.feature, block=chosen.block
         )
         forward = ForwardPass(chosen.normalize, self.precision, self.batch_size)
-        return PseudoBoxLabeller(
-            network, self.localization, provenance, forward=forward, device=device
+        return self.labeller(
+            network,
+            self.localization,
+            provenance,
+            forward=forward,
+            head=self.head,
+            device=device,
         )
-
-
-def in_original_pixels(
-    boxes_B4: Boxes, stride: int, seen_B2: NDArray[np.float64], sizes_B2: NDArray[Any]
-) -> Boxes:
-    """Boxes in patches of ``stride`` pixels -> pixels of the original images.
-
-    Args:
-        boxes_B4: xyxy in patches.
-        stride: pixels per patch.
-        seen_B2: width and height of each image as the network saw it.
-        sizes_B2: of the original images.
-    """
-    # The right and bottom patches may hang over the image; only boxes are clipped, as in LOST.
-    corners_B22 = np.minimum(boxes_B4.reshape(-1, 2, 2) * stride, seen_B2[:, None])
-    corners_B22 = corners_B22 * (sizes_B2 / seen_B2)[:, None]
-    boxes_in_pixels_B4: Boxes = np.minimum(corners_B22, sizes_B2[:, None]).reshape(-1, 4)
-    return boxes_in_pixels_B4
-
-
-def _outcomes(
-    found: Localization, stride: int, images: Sequence[Image], sizes_B2: NDArray[Any]
-) -> list[Outcome]:
-    """Boxes in patches -> rows in original pixels.
-
-    ``sizes_B2`` are the original widths and heights; ``images`` may have been scaled down.
-    """
-    seen_B2 = np.array([(image.shape[1], image.shape[0]) for image in images], dtype=np.float64)
-    scale_B2 = sizes_B2 / seen_B2
-    columns = found.mask_BHW.shape[2]
-    seed_B = found.seed_B.cpu().numpy()
-    degree_B = found.degree_BN.cpu().numpy()[np.arange(len(images)), seed_B]
-    boxes_B4 = in_original_pixels(found.boxes_B4.cpu().numpy(), stride, seen_B2, sizes_B2)
-    seeds_B2 = (np.column_stack([seed_B % columns, seed_B // columns]) + 0.5) * stride
-    seeds_B2 = np.minimum(seeds_B2, seen_B2) * scale_B2
-    at_low_B = np.any(boxes_B4[:, :2] <= 0, axis=1)
-    touches_B = at_low_B | np.any(boxes_B4[:, 2:] >= sizes_B2, axis=1)
-    fraction_B = area(boxes_B4) / sizes_B2.prod(axis=1)
-    hits, scores = found.found_B.tolist(), found.score_B.tolist()
-    return [
-        {
-            "status": "ok",
-            "error": None,
-            "boxes": [boxes_B4[row]],
-            "scores": [scores[row]],
-            "labels": [OBJECT_LABEL],
-            "seed_xy": seeds_B2[row],
-            "seed_degree": degree_B[row],
-            "area_fraction": fraction_B[row],
-            "touches_border": touches_B[row],
-        }
-        if hit
-        else no_object(NOTHING_FOUND)
-        for row, hit in enumerate(hits)
-    ]

@@ -37,15 +37,21 @@ def decoded_images(decoded: pa.Table) -> list[Image | None]:
 
 
 def label_rows(
-    decoded: pa.Table, outcomes: dict[int, Outcome], *, method: str, provenance: Provenance
+    decoded: pa.Table,
+    outcomes: dict[int, Outcome],
+    *,
+    method: str,
+    provenance: Provenance,
+    schema: pa.Schema = SCHEMA,
 ) -> pa.Table:
-    """Rows of ``pseudo_labels.SCHEMA``.
+    """Rows of ``schema``, the table's own.
 
     Args:
         decoded: rows of ``PIXELS_SCHEMA``.
         outcomes: by the row's number; a row without one keeps its status and error.
         method: what each row says found its boxes.
         provenance: copied into every row.
+        schema: its columns come from the outcomes, from ``decoded``, or are the same in all rows.
     """
     before: list[Outcome] = decoded.select(["status", "error"]).to_pylist()
     told = [outcomes.get(row, outcome) for row, outcome in enumerate(before)]
@@ -57,13 +63,13 @@ def label_rows(
         "created_at": datetime.now(UTC),
     }
     arrays = []
-    for field in SCHEMA:
+    for field in schema:
         if field.name in ("status", "error") or field.name not in decoded.column_names:
             values = [same.get(field.name, row.get(field.name)) for row in told]
             arrays.append(pa.array(values, field.type))
         else:
             arrays.append(decoded[field.name])
-    return pa.Table.from_arrays(arrays, schema=SCHEMA)
+    return pa.Table.from_arrays(arrays, schema=schema)
 
 
 def no_object(reason: str) -> Outcome:

@@ -53,6 +53,8 @@ class LabelPass:
 
     folder: Location
     config: dict[str, Any]
+    schema: pa.Schema = SCHEMA
+    """Of the blocks' rows, whose ``image_id`` are those of the inputs."""
 
     @property
     def _inputs(self) -> Location:
@@ -106,7 +108,7 @@ class LabelPass:
 
     def commit_block(self, block: int, rows: pa.Table) -> None:
         """Put a finished block on disk; a second time changes nothing a reader could tell."""
-        self._block(block).write_bytes(encode_table(rows, self.config))
+        self._block(block).write_bytes(encode_table(rows, self.config, self.schema))
 
     def rows_of(self, block: int, inputs: pa.Table) -> pa.Table:
         """A finished block's rows, proved to be exactly its inputs.
@@ -118,7 +120,7 @@ class LabelPass:
         try:
             rows = pq.read_table(pa.BufferReader(place.read_bytes()))
             if rows["image_id"].to_pylist() == inputs["image_id"].to_pylist():
-                return with_all_columns(rows)
+                return with_all_columns(rows, self.schema)
             reason = "its rows are not those of its inputs"
         except (OSError, pa.ArrowInvalid) as fault:
             reason = one_line(fault)
@@ -137,9 +139,18 @@ class LabelPass:
 
 ROWS_PER_FILE = 200_000
 
-# What may lie in an output beside the table: the lease, the run's blocks, and of older versions
-# what MLflow had not got.
-_OURS = ("_lease.json", "_run", "_tracking")
+HEAD_CONFIG, HEAD_WEIGHTS = "config.json", "head.safetensors"
+"""What fit_head.py makes of a pass instead of a table: the first is its commit point."""
+
+HEAD_FOLDER = "_head"
+"""Of an output: the head that its boxes were found with, where it was fitted for them."""
+
+# What may lie in an output beside its results: the lease, the run's blocks, the head, and of older
+# versions what MLflow had not got.
+_OURS = ("_lease.json", "_run", HEAD_FOLDER, "_tracking")
+
+# What a run makes, the commit points first, so that no reader is misled while it is deleted.
+_RESULTS = (MANIFEST_NAME, HEAD_CONFIG, HEAD_WEIGHTS, "report.md", "boxes.png")
 
 
 @dataclass(frozen=True)
@@ -284,12 +295,12 @@ class LabelRun:
         yield again
 
 
-def with_all_columns(table: pa.Table) -> pa.Table:
-    """The rows of a table that may be older than a column of ``SCHEMA``; what it lacks is null."""
-    missing = pa.schema([field for field in SCHEMA if field.name not in table.column_names])
+def with_all_columns(table: pa.Table, schema: pa.Schema = SCHEMA) -> pa.Table:
+    """The rows of a table that may be older than a column of ``schema``; what it lacks is null."""
+    missing = pa.schema([field for field in schema if field.name not in table.column_names])
     for field in missing:
         table = table.append_column(field, pa.nulls(table.num_rows, field.type))
-    return table.select(SCHEMA.names).cast(SCHEMA)
+    return table.select(schema.names).cast(schema)
 
 
 def _in_files(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
@@ -362,12 +373,15 @@ def _taken(output: Location, resumable: bool) -> str:
             f"{output} already holds a finished table: choose another --output, "
             "--resume --retry-failed to label its failed rows again, or --overwrite to replace it"
         )
+    if output.child(HEAD_CONFIG).kind() == "file":
+        return f"{output} already holds a fitted head: choose another --output, or --overwrite it"
     return f"{output} holds an unfinished run: add --resume to finish it, or --overwrite"
 
 
 def _delete_run(output: Location) -> None:
     """Remove what an earlier run wrote and no more; the manifest first, so no reader is misled."""
-    output.child(MANIFEST_NAME).delete()
+    for name in _RESULTS:
+        output.child(name).delete()
     for place in output.files():
         if _is_table_file(place.name):
             place.delete()
@@ -383,7 +397,7 @@ def _refuse_strangers(output: Location, is_ours: bool) -> None:
     strangers = [
         name
         for name in output.names()
-        if name not in _OURS and not (is_ours and (name == MANIFEST_NAME or _is_table_file(name)))
+        if name not in _OURS and not (is_ours and (name in _RESULTS or _is_table_file(name)))
     ]
     if strangers:
         raise StorageError(

@@ -57,7 +57,8 @@ def label_by_flood(mask_MHW: Tensor) -> Tensor:
             patch_MHW = _least_of_neighbours(patch_MHW).masked_fill(~mask_MHW, outside)
         if torch.equal(before_MHW, patch_MHW):
             break
-    _, label_MHW = patch_MHW.masked_fill(~mask_MHW, 0).unique(return_inverse=True)
+    label_MHW: Tensor
+    _, label_MHW = torch.unique(patch_MHW.masked_fill(~mask_MHW, 0), return_inverse=True)
     # Without a patch outside there is no 0 to begin with.
     return label_MHW + int(bool(mask_MHW.all()))
 

@@ -1,14 +1,14 @@
-"""The normalised cut: the two halves of an image that its patches' similarities hold together least.
+"""The normalised cut: the two sides of an image that its patches' likeness holds together least.
 
-Shi and Malik, "Normalized Cuts and Image Segmentation", PAMI 2000, equation 11: the partition is read
-off the second eigenvector of ``(D - A) v = lambda D v``. That is the second largest of the symmetric
-``S = D^-1/2 A D^-1/2``, whose largest is known (``D^1/2 1``, of eigenvalue 1). So no dense solver is
-needed: a few Lanczos steps orthogonal to the known one, for a whole batch at once, give it well
-enough to box (docs/log.md: CorLoc by steps). The object is the side whose patches have the lower
-mean degree, as LOST's seed is the patch of lowest degree.
+Shi and Malik, "Normalized Cuts and Image Segmentation", PAMI 2000, equation 11: the sides are read
+off the second eigenvector of ``(D - A) v = lambda D v``. That is the second largest of the
+symmetric ``S = D^-1/2 A D^-1/2``, whose largest is known: ``D^1/2 1``, of eigenvalue 1. So no dense
+solver is needed: a few Lanczos steps orthogonal to the known one, for a whole batch at once, give
+it well enough for boxes (docs/log.md: CorLoc by steps). The object is the side whose patches have
+the lower mean degree, as LOST's seed is the patch of lowest degree.
 
 ``A`` is 1 where two patches' cosine exceeds ``threshold`` and ``FAINT`` elsewhere, so that a graph
-in pieces still hangs together.
+in pieces still hangs together. Its faint part is of rank one, and never a matrix.
 
 Shape letters:  B images   N patches   D channels   R rows of a tile   L Lanczos steps
 """
@@ -64,8 +64,8 @@ def normalized_cut(
         unit_BND: patches of length 1; zeros where unusable.
         usable_BN: False for patches that take no part.
         threshold: cosine above which two patches are similar.
-        memory_mib: most memory that similarities may take at once. Images are cut one after another
-            where not all fit; those of an image that does not fit alone are computed anew each step.
+        memory_mib: most memory that similarities may take at once. As many images as fit are cut
+            together; those of an image that does not fit alone are computed anew at each step.
         num_steps: of Lanczos.
     """
     num_patches = unit_BND.shape[1]
@@ -74,7 +74,9 @@ def normalized_cut(
     rows = max(1, min(num_patches, budget // num_patches))
     cuts = [
         _cut(unit, usable, _similar_times(unit, usable, threshold, rows), num_steps)
-        for unit, usable in zip(unit_BND.split(images), usable_BN.split(images), strict=True)
+        for unit, usable in zip(
+            torch.split(unit_BND, images), torch.split(usable_BN, images), strict=True
+        )
     ]
     return Cut(torch.cat([one.side_BN for one in cuts]), torch.cat([one.degree_BN for one in cuts]))
 
@@ -180,7 +182,8 @@ def _without(vector_BN: Tensor, basis_LBN: Tensor) -> Tensor:
 
 def _unit(vector_BN: Tensor) -> Tensor:
     norm_B1 = vector_BN.norm(dim=1, keepdim=True)
-    return vector_BN / norm_B1.masked_fill(norm_B1 == 0, 1.0)
+    unit_BN: Tensor = vector_BN / norm_B1.masked_fill(norm_B1 == 0, 1.0)
+    return unit_BN
 
 
 def _unit_unless_rounding(rest_BN: Tensor, whole_BN: Tensor) -> Tensor:
@@ -199,9 +202,11 @@ def _sign_of_rarer_side(side_BN: Tensor, degree_BN: Tensor, usable: Tensor) -> T
     """``(B, 1)``: 1 where the positive side has the lower mean degree, else -1."""
     positive, negative = (side_BN > 0).float() * usable, (side_BN <= 0).float() * usable
     is_rarer_B1 = _mean_over(degree_BN, positive) <= _mean_over(degree_BN, negative)
-    return torch.where(is_rarer_B1, 1.0, -1.0)
+    sign_B1: Tensor = 2.0 * is_rarer_B1 - 1.0
+    return sign_B1
 
 
 def _mean_over(values_BN: Tensor, weight: Tensor) -> Tensor:
     total_B1 = weight.sum(dim=1, keepdim=True).clamp(min=1)
-    return (values_BN * weight).sum(dim=1, keepdim=True) / total_B1
+    mean_B1: Tensor = (values_BN * weight).sum(dim=1, keepdim=True) / total_B1
+    return mean_B1

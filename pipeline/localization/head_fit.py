@@ -179,7 +179,8 @@ class _Sums:
     def solve(self, covariance_DD: Vector) -> tuple[Vector, float]:
         """Weight and bias of the regression of sides on patches."""
         mean_D, mean_y = self.x_D / self.num, self.y / self.num
-        weight_D = np.linalg.solve(covariance_DD, self.xy_D / self.num - mean_D * mean_y)
+        cross_D = self.xy_D / self.num - mean_D * mean_y
+        weight_D = np.linalg.solve(covariance_DD, cross_D).astype(np.float64)
         return weight_D, float(mean_y - weight_D @ mean_D)
 
 

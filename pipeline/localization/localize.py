@@ -1,11 +1,11 @@
-"""Where the object is, from patch features alone: without labels, and but for a head without training.
+"""Where the object is, from patch features alone: no labels and, but for a head, no training.
 
 LOST: Simeoni et al., "Localizing Objects with Self-Supervised Transformers and no Labels", BMVC
 2021. SoLOST: a 2022 report that keeps a fraction of the seed's similar patches, not a fixed number.
-Their steps, each a file here: affinity (who is similar to whom), seed_expansion (the seed, and which
-patches vote with it, THE RULE), components (the voted region around the seed). The other rules: cut
-(two halves of an image), head (one linear map for all images of a collection) and objects (what
-boxes are made of such a map).
+Their steps, each a file here: affinity (who is similar to whom), seed_expansion (the seed, and
+which patches vote with it, THE RULE), components (the voted region around the seed). The other
+rules: cut (the two sides of an image), head (one linear map for all images of a collection),
+objects (boxes of such a map).
 
 Where the paper, its code and SoLOST disagree, docs/method.md says what is done here and why.
 
@@ -13,12 +13,12 @@ Shape letters:  B images   H, W grid rows and columns   N patches (H * W)   D ch
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal, assert_never, get_args
+from typing import assert_never, get_args
 
 import torch
 from torch import Tensor
 
-from pipeline.config.labelling import Rule, Similarity
+from pipeline.config.labelling import Rule, SeedRule, Similarity
 from pipeline.localization.affinity import (
     ComparedPatches,
     compare,
@@ -28,13 +28,7 @@ from pipeline.localization.affinity import (
 from pipeline.localization.components import seed_component, tight_boxes
 from pipeline.localization.cut import normalized_cut
 from pipeline.localization.head import Head
-from pipeline.localization.objects import (
-    Objects,
-    contrast,
-    largest_object,
-    objects_at_levels,
-    steadiness,
-)
+from pipeline.localization.objects import contrast, largest_object, steadiness
 from pipeline.localization.seed_expansion import (
     OWN_SIMILARITY,
     choose_seeds,
@@ -58,27 +52,27 @@ class Localization:
     no patch is an object's."""
     seed_B: Tensor
     """int64 row-major index of the seed patch, of a map its highest; 0 where nothing was found."""
-    degree_BN: Tensor | None
-    """int64 number of *other* patches each patch is similar to; None where the rule counts none."""
+    degree_BN: Tensor
+    """int64 number of *other* patches each patch is similar to; zeros of a head, which compares
+    none."""
     mask_BHW: Tensor
-    """bool: the patches voted for that connect to the seed; of a map the component that is boxed."""
+    """bool: the patches that are boxed, connected: of lost and solost with the seed."""
     score_B: Tensor
     """float32; 0 where nothing was found. Of lost and solost, in [0, 1]: mean cosine between the
-    boxed component's patches and the summed vote of the patches that joined the seed, as fp32. Of
-    a map: the mean of contrast and agreement. A heuristic for sorting and filtering, not a probability
+    boxed component's patches and the summed vote of the patches that joined the seed. Of a map: the
+    mean of contrast and agreement. A heuristic for sorting and filtering, not a probability
     (docs/log.md measures what it is worth)."""
     contrast_B: Tensor | None = None
     """float32: how much the box stands out of the map (objects.contrast); None without a map."""
     agreement_B: Tensor | None = None
     """float32 in [0, 1]: how little the box depends on the level (objects.steadiness)."""
     map_BHW: Tensor | None = None
-    """float32: above 0 on objects, the higher the surer; None of lost and solost."""
-    objects: Objects | None = None
-    """All that stand out; None where one box was asked for, or the rule knows no more."""
+    """float32: above 0 on objects, the higher the surer; None of lost and solost. Of a head, see
+    objects.objects_at_levels for more than one box."""
 
 
 @torch.inference_mode()
-def localize(
+def localize(  # noqa: PLR0913 - the contract: plain arguments, each rule's own
     features_BHWD: Tensor,
     *,
     rule: Rule = "solost",
@@ -88,8 +82,6 @@ def localize(
     affinity_memory_mib: int = 512,
     cut_threshold: float = 0.2,
     head: Head | None = None,
-    max_objects: int = 1,
-    nms_iou: float = 0.5,
 ) -> Localization:
     """Box the object in each image: ``(B, H, W, D)`` patch features -> ``Localization``.
 
@@ -106,8 +98,6 @@ def localize(
         affinity_memory_mib: most memory the patch-by-patch products may take at once, in MiB.
         cut_threshold: cosine above which ncut takes two patches for similar, in (-1, 1).
         head: of rule head, and of no other.
-        max_objects: at least 1; more than one is found by rule head alone.
-        nms_iou: of two objects whose boxes' IoU is higher the worse is dropped, in (0, 1].
 
     Raises:
         ValueError: an argument is outside its range, or the features are not 4-dimensional.
@@ -117,10 +107,6 @@ def localize(
         raise ValueError(f"cut_threshold must be in (-1, 1), got {cut_threshold}")
     if (rule == "head") != (head is not None):
         raise ValueError(f"rule head needs a head, and no other takes one; got rule {rule!r}")
-    if max_objects < 1 or not 0 < nms_iou <= 1:
-        raise ValueError(
-            f"max_objects must be at least 1 and nms_iou in (0, 1], got {max_objects}, {nms_iou}"
-        )
     grid = (features_BHWD.shape[1], features_BHWD.shape[2])
     features_BND = features_BHWD.flatten(1, 2)
     match rule:
@@ -150,18 +136,14 @@ def localize(
             assert head is not None
             compared = compare(features_BND, "cosine")
             z_BHW = head.map(compared.voter_BND, compared.usable_BN).reshape(-1, *grid)
-            found = _boxed(z_BHW, largest_object(z_BHW), nudge=HEAD_NUDGE)
-            if max_objects == 1:
-                return found
-            objects = objects_at_levels(z_BHW, max_objects=max_objects, nms_iou=nms_iou)
-            return replace(found, objects=objects)
+            return _boxed(z_BHW, largest_object(z_BHW), nudge=HEAD_NUDGE)
     assert_never(rule)
 
 
 def _by_seed(
     compared: ComparedPatches,
     grid: tuple[int, int],
-    rule: Literal["lost", "solost"],
+    rule: SeedRule,
     *,
     keep_fraction: float,
     num_candidates: int,
@@ -203,7 +185,7 @@ def _boxed(map_BHW: Tensor, mask_BHW: Tensor, *, nudge: float) -> Localization:
         boxes_B4=boxes_B4,
         found_B=found_B,
         seed_B=inside_BHW.flatten(1).argmax(dim=1) * found_B,
-        degree_BN=None,
+        degree_BN=torch.zeros_like(map_BHW.flatten(1), dtype=torch.int64),
         mask_BHW=mask_BHW,
         score_B=(contrast_B + agreement_B) / 2 * found_B,
         contrast_B=contrast_B * found_B,

@@ -39,6 +39,15 @@ class Objects:
     score_K: Tensor
     mask_KHW: Tensor
 
+    def where(self, kept_K: Tensor) -> "Objects":
+        """Those that are True in ``kept_K``."""
+        return Objects(
+            self.image_K[kept_K],
+            self.boxes_K4[kept_K],
+            self.score_K[kept_K],
+            self.mask_KHW[kept_K],
+        )
+
 
 def largest_object(z_BHW: Tensor) -> Tensor:
     """Of each map the component above 0 with the largest sum, the first of equals.
@@ -84,8 +93,8 @@ def objects_at_levels(z_BHW: Tensor, *, max_objects: int, nms_iou: float) -> Obj
 def contrast(z_BHW: Tensor, image_K: Tensor, boxes_K4: Tensor) -> Tensor:
     """How much boxes stand out: the map's mean inside minus its mean in a ring around, ``(K,)``.
 
-    The ring reaches a quarter of the box's sides beyond its edges, a patch at least, as far as there
-    is image. Of a box that fills the image it is the mean inside; of an empty box 0.
+    The ring reaches a quarter of the box's sides beyond its edges, a patch at least, as far as
+    there is image. Of a box that fills the image it is the mean inside; of an empty box 0.
     """
     _, height, width = z_BHW.shape
     reach_K4 = ((boxes_K4[:, 2:] - boxes_K4[:, :2]) * _RING).ceil().long().repeat(1, 2)
@@ -150,8 +159,10 @@ def _components(mask_MHW: Tensor, values_MHW: Tensor) -> _Components:
 
 
 def _best_of_each(group_K: Tensor, value_K: Tensor, *, most: int) -> Tensor:
-    """Which have the ``most`` highest values of their group: by group, the highest first, then the
-    first of equals."""
+    """Which have the ``most`` highest values of their group; of equal ones the first.
+
+    They come by group, the highest value first.
+    """
     order_K = value_K.argsort(descending=True, stable=True)
     order_K = order_K[group_K[order_K].argsort(stable=True)]
     group_K = group_K[order_K]

@@ -4,7 +4,8 @@ The seed is the patch with the fewest similar patches (LOST, section 3.2): objec
 their surroundings, so a patch similar to few others likely lies on one.
 
 To try a rule of your own: write a function beside ``expand_lost`` and ``expand_solost``, add a case
-to ``expand``, a line to ``OWN_SIMILARITY`` and its name to ``Rule`` of config/labelling.py.
+to ``expand``, a line to ``OWN_SIMILARITY`` and its name to ``SeedRule`` and
+``Rule`` of config/labelling.py.
 
 Shape letters:  B images   N patches
 """
@@ -13,14 +14,19 @@ from typing import assert_never
 
 from torch import Tensor
 
-from pipeline.config.labelling import Rule, Similarity
+from pipeline.config.labelling import SeedRule, Similarity
 
 # What each method compares its patches by, where the user does not say (facts: the published code).
-OWN_SIMILARITY: dict[Rule, Similarity] = {"lost": "dot", "solost": "cosine"}
+OWN_SIMILARITY: dict[SeedRule, Similarity] = {"lost": "dot", "solost": "cosine"}
 
 
 def expand(
-    similar_BN: Tensor, place_BN: Tensor, rule: Rule, *, keep_fraction: float, num_candidates: int
+    similar_BN: Tensor,
+    place_BN: Tensor,
+    rule: SeedRule,
+    *,
+    keep_fraction: float,
+    num_candidates: int,
 ) -> Tensor:
     """The patches that vote for the box under ``rule``: ``(B, N)`` bool."""
     match rule:

@@ -1,7 +1,8 @@
 """Trials of labelling that share forward passes: features once, then boxes and CorLoc per trial.
 
 ``fill`` sees each image once and keeps every feature that the space may ask for; ``measured`` is a
-trial. On a cache of fp32 its CorLoc is that of label_images.py and evaluate_boxes.py, exactly.
+trial. On a cache of fp32 its CorLoc is that of label_images.py and evaluate_boxes.py, exactly; a
+head is fitted on the images of the sweep instead of a sample of the collection.
 
 Shape letters:  N images   B images of a batch
 """
@@ -15,7 +16,7 @@ import pyarrow as pa
 import torch
 
 from pipeline.boxes import as_boxes
-from pipeline.config import LabelJob
+from pipeline.config import LabelJob, LocalizationConfig
 from pipeline.data.ground_truth import GroundTruth, read_ground_truth
 from pipeline.data.lake import Collection
 from pipeline.data.pixels import load_pixels
@@ -23,8 +24,11 @@ from pipeline.data.pseudo_labels import config_hash
 from pipeline.errors import DataError
 from pipeline.evaluation.corloc import best_ious, corloc
 from pipeline.evaluation.predictions import Prediction, match
-from pipeline.labelling.labeller import ForwardPass, Image, PseudoBoxLabeller, in_original_pixels
+from pipeline.labelling.labeller import ForwardPass, Image, PseudoBoxLabeller
+from pipeline.labelling.outcomes import in_original_pixels
 from pipeline.labelling.rows import Provenance, decoded_images
+from pipeline.localization.head import Head
+from pipeline.localization.head_fit import CutImages, fit_head, why_not
 from pipeline.localization.localize import localize
 from pipeline.models.backbones import load_weights
 from pipeline.models.checkpoints import Weights
@@ -124,8 +128,13 @@ def measured(folder: Location, job: LabelJob) -> dict[str, float]:
     cache = FeatureCache(folder)
     sample = cache.sample()
     boxes_N4 = np.zeros((len(sample.objects), 4))
-    for rows, tokens_BHWD in cache.features((job.backbone.feature, job.backbone.block)):
-        found = localize(tokens_BHWD, **dict(job.localization))
+    source = (job.backbone.feature, job.backbone.block)
+    head = _head(cache, source, job.localization)
+    knobs = job.localization.arguments()
+    if head is None and job.localization.rule == "head":
+        knobs["rule"] = "ncut"
+    for rows, tokens_BHWD in cache.features(source):
+        found = localize(tokens_BHWD, head=head, **knobs)
         boxes_B4 = in_original_pixels(
             found.boxes_B4.numpy(), sample.stride, sample.seen_N2[rows], sample.sizes_N2[rows]
         )
@@ -134,6 +143,25 @@ def measured(folder: Location, job: LabelJob) -> dict[str, float]:
     best_N = best_ious(as_boxes(boxes_N4.astype(np.float32)), sample.objects)
     best_N = np.concatenate([best_N, np.zeros(sample.num_missing)])
     return {"corloc": corloc(best_N), "mean_best_iou": float(best_N.mean())}
+
+
+def _head(cache: FeatureCache, source: Source, settings: LocalizationConfig) -> Head | None:
+    """Of rule head: fitted on the cached images, whose boxes it does not see; None if refused."""
+    if settings.rule != "head":
+        return None
+    knobs = settings.arguments() | {"rule": "ncut"}
+    cuts = [localize(tokens_BHWD, **knobs).mask_BHW for _, tokens_BHWD in cache.features(source)]
+
+    def sample() -> Iterator[CutImages]:
+        for (_, tokens_BHWD), cut_BHW in zip(cache.features(source), cuts, strict=True):
+            yield CutImages(tokens_BHWD, cut_BHW)
+
+    try:
+        fit = fit_head(sample)
+    except ValueError:
+        # Too few images have a cut: refused as well.
+        return None
+    return fit.head if why_not(fit) is None or settings.force_head else None
 
 
 def _annotated(

@@ -14,11 +14,11 @@ from pipeline.config import LocalizationConfig
 from pipeline.data.pixels import load_pixels
 from pipeline.data.pseudo_labels import SCHEMA
 from pipeline.labelling.labeller import (
-    NOTHING_FOUND,
     ForwardPass,
     Provenance,
     PseudoBoxLabeller,
 )
+from pipeline.labelling.outcomes import NOTHING_FOUND
 from pipeline.models.backbones import build_backbone, load_weights
 from pipeline.models.features import FeatureExtractor, PatchFeatures
 
@@ -182,7 +182,7 @@ def test_a_uniform_image_has_no_nan_and_the_same_result_twice(tmp_path: Path, sh
 def test_features_that_are_not_finite_are_no_object_with_a_reason(tmp_path: Path) -> None:
     uri = write(tmp_path / "a.png", dark_square(64, 64, (16, 16, 32, 32)))
     row = labeller(Broken())(decoded([uri])).to_pylist()[0]
-    assert (row["status"], row["error"], row["boxes"]) == ("no_object", NOTHING_FOUND, [])
+    assert (row["status"], row["error"], row["boxes"]) == ("no_object", NOTHING_FOUND["solost"], [])
 
 
 def test_a_batch_too_big_for_memory_is_halved_until_it_fits(tmp_path: Path) -> None:

@@ -193,7 +193,7 @@ def test_an_empty_batch_gives_an_empty_result() -> None:
         ({"num_candidates": 0}, "num_candidates must be at least 1, got 0"),
         ({"affinity_memory_mib": 0}, "affinity_memory_mib must be at least 1"),
         ({"similarity": "l2"}, "similarity must be one of cosine, dot, pearson, got 'l2'"),
-        ({"rule": "most"}, "rule must be one of solost, lost, got 'most'"),
+        ({"rule": "most"}, "rule must be one of solost, lost, ncut, head, got 'most'"),
     ],
 )
 def test_an_argument_outside_its_range_is_named(arguments: Any, complaint: str) -> None:
@@ -202,9 +202,11 @@ def test_an_argument_outside_its_range_is_named(arguments: Any, complaint: str) 
 
 
 def test_the_knobs_are_those_of_the_configuration_with_the_same_defaults() -> None:
-    """Whoever takes the group hands it on whole: ``localize(features, **dict(settings))``."""
+    """Whoever takes the group hands it on whole, with the head that its place names."""
     _, *knobs = inspect.signature(localize).parameters.values()
-    assert {knob.name: knob.default for knob in knobs} == dict(LocalizationConfig())
+    defaults = {knob.name: knob.default for knob in knobs}
+    assert defaults.pop("head") is None
+    assert defaults == LocalizationConfig().arguments()
 
 
 def test_features_of_the_wrong_shape_are_named() -> None:

@@ -29,6 +29,7 @@ METHODS: list[dict[str, Any]] = [
     {"rule": "lost", "num_candidates": 25},
     {"rule": "solost", "keep_fraction": 0.4, "similarity": "pearson"},
     {"rule": "lost", "similarity": "cosine"},
+    {"rule": "ncut", "cut_threshold": 0.3},
 ]
 
 
