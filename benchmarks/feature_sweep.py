@@ -1,35 +1,46 @@
-"""Which block and which of query, key and value suit a ViT: CorLoc of LOST and SoLOST for each.
+"""Which block, and which of query, key and value, suit a ViT, and whether a head can be trusted.
 
-    python -m benchmarks.feature_sweep --images PHOTOS --ground-truth COCO.json \
+    python -m benchmarks.feature_sweep --images PHOTOS --ground-truth GT \
         --name vit_tiny_patch16_224 --checkpoint VIT.safetensors --normalize half
 
-DINO wants the keys of its last block. A network trained on labels does not, and this finds what it
-wants instead. The standard error of a rate near 50 % over n images is 50 / sqrt(n) points.
+CorLoc of every rule for each, on the same images, and what the guard of a head looks at: the share
+of patches on objects, the AUC across images, the agreement with the cuts. ``--spoil`` adds features
+damaged on purpose: blurred over neighbours, or shuffled among the patches of each image. DINO wants
+the keys of its last block. A network trained on labels does not, and this finds what it wants
+instead. The standard error of a rate near 50 % over n images is 50 / sqrt(n) points.
 """
 
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import pyarrow as pa
 import torch
 import tyro
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from benchmarks.timing import print_table, write_json
-from pipeline.boxes import Boxes
-from pipeline.config import ImagesConfig, LocalizationConfig
-from pipeline.data.ground_truth import read_coco
-from pipeline.data.lake import Collection
-from pipeline.data.pixels import load_pixels, pixels_of_row
+from pipeline.boxes import Boxes, as_boxes
+from pipeline.config import LabelJob
+from pipeline.config.labelling import Feature
+from pipeline.config.settings import Normalization
 from pipeline.evaluation.corloc import best_ious, corloc
-from pipeline.labelling.labeller import ForwardPass, Image, Provenance, PseudoBoxLabeller
-from pipeline.localization.localize import localize
-from pipeline.models.backbones import build_backbone, load_weights
+from pipeline.labelling.outcomes import in_original_pixels
+from pipeline.localization.head import Head
+from pipeline.localization.head_fit import CutImages, fit_head, why_not
+from pipeline.localization.localize import Localization, localize
+from pipeline.models.backbones import load_weights
 from pipeline.storage import Location
+from pipeline.tuning.feature_cache import FeatureCache, Sample
+from pipeline.tuning.localization_sweep import Wanted, fill
 
-FEATURES: tuple[Literal["query", "key", "value"], ...] = ("query", "key", "value")
-RULES: tuple[Literal["lost", "solost"], ...] = ("lost", "solost")
+Spoil = Literal["none", "blur", "shuffle"]
+Batch = tuple[list[int], Tensor]
+"""Rows of the sample that share a grid, and their features."""
 
 
 @dataclass(frozen=True)
@@ -37,68 +48,149 @@ class Settings:
     """What to sweep over."""
 
     images: str
-    ground_truth: Path
+    ground_truth: str
     name: str
     checkpoint: str | None = None
-    normalize: Literal["imagenet", "half"] = "imagenet"
+    normalize: Normalization = "imagenet"
     num_images: int = 500
+    max_side: int = 1024
+    features: tuple[Feature, ...] = ("query", "key", "value")
     blocks: tuple[int, ...] = ()
     """Which blocks; none means all."""
+    spoil: tuple[Spoil, ...] = ("none",)
     output: Path = Path("benchmarks/results/feature_sweep.json")
+
+
+@dataclass(frozen=True)
+class Row:
+    """CorLoc in %, and what the guard sees; the head is tried whatever that is."""
+
+    source: str
+    spoilt: str
+    lost: float
+    solost: float
+    ncut: float
+    head_1: float = float("nan")
+    """After one fit."""
+    head: float = float("nan")
+    share: float = float("nan")
+    auc: float = float("nan")
+    agreement: float = float("nan")
+    verdict: str = "refused: fewer than two cuts"
 
 
 def main(settings: Settings) -> None:
     """Measure every block, feature and rule on the same images; print and keep CorLoc."""
-    inputs = pa.concat_tables(list(Collection(settings.images).chunks()))
-    order = np.random.default_rng(0).permutation(inputs.num_rows)[: settings.num_images]
-    place = Location.parse(str(settings.ground_truth))
-    decoded = load_pixels(inputs.take(order), **ImagesConfig().model_dump())
-    boxes_by_name = {Path(i.file_name).name: i.boxes_N4 for i in read_coco(place)}
-    truths = [boxes_by_name[Path(uri).name] for uri in decoded["uri"].to_pylist()]
-    # None is larger than max_side here, so pixels are those of the ground truth.
-    images = [
-        i for row in range(decoded.num_rows) if (i := pixels_of_row(decoded, row)) is not None
-    ]
-    assert len(images) == decoded.num_rows
-    forward = ForwardPass(settings.normalize)
     weights = load_weights(settings.name, settings.checkpoint)
     depth = 1 + max(int(n.split(".")[1]) for n in weights.state_dict if n.startswith("blocks."))
-    rows: list[list[str]] = []
-    result: dict[str, float] = {}
-    for block in settings.blocks or range(depth):
-        for feature in FEATURES:
-            network = build_backbone(settings.name, weights, feature=feature, block=block)
-            labeller = PseudoBoxLabeller(
-                network, LocalizationConfig(), Provenance("", "", ""), forward=forward
-            )
-            rates = corlocs(labeller, images, truths)
-            result.update({f"block {block} {feature} {rule}": r for rule, r in rates.items()})
-            rows.append([f"{block} {feature}", *(f"{rates[rule]:.1f}" for rule in RULES)])
-            print(*rows[-1], flush=True)
-    title = f"CorLoc (%) on {decoded.num_rows} images, {settings.name}"
-    print_table(title, ["block, feature", *RULES], rows)
-    write_json(settings.output, {"title": title, "corloc": result, "torch": torch.__version__})
+    blocks = settings.blocks or range(depth)
+    sources = tuple((feature, block) for block in blocks for feature in settings.features)
+    job = LabelJob.model_validate(
+        {
+            "images": settings.images,
+            "output": "none",
+            "backbone": {
+                "name": settings.name,
+                "checkpoint": settings.checkpoint,
+                "feature": sources[0][0],
+                "block": sources[0][1],
+                "normalize": settings.normalize,
+            },
+            "decode": {"max_side": settings.max_side},
+        }
+    )
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        cache = FeatureCache(Location.parse(folder).child("features"))
+        # Half precision: all features of a hundred photos take 4 GB.
+        wanted = Wanted(job, settings.ground_truth, settings.num_images, sources, "fp16")
+        fill(cache, wanted, lambda line: print(line, flush=True))
+        sample = cache.sample()
+        for source in sources:
+            for spoil in settings.spoil:
+                batches = [(r, _SPOILT[spoil](one)) for r, one in cache.features(source)]
+                rows.append(measured(f"{source[1]} {source[0]}", spoil, batches, sample))
+                print(*_cells(rows[-1]), flush=True)
+    title = f"CorLoc (%) on {len(sample.objects)} images, {settings.name}"
+    print_table(title, list(asdict(rows[0])), [_cells(row) for row in rows])
+    write_json(
+        settings.output,
+        {"title": title, "rows": [asdict(row) for row in rows], "torch": torch.__version__},
+    )
 
 
-def corlocs(
-    labeller: PseudoBoxLabeller, images: list[Image], truths: list[Boxes]
-) -> dict[str, float]:
-    """CorLoc of each rule on the same features."""
-    found = boxes_by_rule(labeller, images)
-    return {rule: 100 * corloc(best_ious(found[rule], truths)) for rule in RULES}
+def measured(source: str, spoil: str, batches: list[Batch], sample: Sample) -> Row:
+    """Every rule on these features."""
+
+    def rate(of_batch: Callable[[Tensor], Localization]) -> float:
+        boxes_N4: NDArray[np.float64] = np.zeros((len(sample.objects), 4))
+        for rows, tokens_BHWD in batches:
+            boxes_N4[rows] = _pixels(of_batch(tokens_BHWD), sample, rows)
+        return 100 * corloc(best_ious(as_boxes(boxes_N4), sample.objects))
+
+    def of_head(head: Head) -> float:
+        return rate(lambda tokens_BHWD: localize(tokens_BHWD, rule="head", head=head))
+
+    cuts = [localize(tokens_BHWD, rule="ncut") for _, tokens_BHWD in batches]
+    cut_of = iter(cuts)
+    row = Row(
+        source,
+        spoil,
+        lost=rate(lambda tokens_BHWD: localize(tokens_BHWD, rule="lost")),
+        solost=rate(lambda tokens_BHWD: localize(tokens_BHWD, rule="solost")),
+        ncut=rate(lambda tokens_BHWD: next(cut_of)),
+    )
+    images = [
+        CutImages(tokens_BHWD, cut.mask_BHW)
+        for (_, tokens_BHWD), cut in zip(batches, cuts, strict=True)
+    ]
+    try:
+        fit = fit_head(lambda: images)
+    except ValueError as fault:
+        return Row(**{**asdict(row), "verdict": f"refused: {fault}"})
+    refused = why_not(fit)
+    of_fit = {
+        "head_1": of_head(fit.rounds[0]),
+        "head": of_head(fit.head),
+        "share": fit.head.share,
+        "auc": fit.auc,
+        "agreement": fit.agreement,
+        "verdict": "kept" if refused is None else f"refused: {refused}",
+    }
+    return Row(**{**asdict(row), **of_fit})
 
 
-def boxes_by_rule(labeller: PseudoBoxLabeller, images: list[Image]) -> dict[str, Boxes]:
-    """Each image's box by each rule, on the same features."""
-    boxes: dict[str, Boxes] = {rule: np.zeros((len(images), 4)) for rule in RULES}
-    for rows in labeller.batches(images):
-        batch = [images[row] for row in rows]
-        features = labeller.extract(batch)
-        sides = np.array([[image.shape[1], image.shape[0]] * 2 for image in batch])
-        for rule in RULES:
-            found = localize(features.tokens_BHWD, rule=rule)
-            boxes[rule][rows] = np.minimum(found.boxes_B4.numpy() * features.stride, sides)
-    return boxes
+def _pixels(found: Localization, sample: Sample, rows: list[int]) -> Boxes:
+    boxes_B4 = in_original_pixels(
+        found.boxes_B4.numpy(), sample.stride, sample.seen_N2[rows], sample.sizes_N2[rows]
+    )
+    return np.where(found.found_B.numpy()[:, None], boxes_B4, 0)
+
+
+def _blurred(tokens_BHWD: Tensor) -> Tensor:
+    """Each patch the mean of the seven by seven around it."""
+    channels_first = tokens_BHWD.permute(0, 3, 1, 2)
+    return avg_pool2d(channels_first, 7, 1, 3, count_include_pad=False).permute(0, 2, 3, 1)
+
+
+def _shuffled(tokens_BHWD: Tensor) -> Tensor:
+    """Each image's patches in another order, as if it had no objects."""
+    height, width = tokens_BHWD.shape[1:3]
+    order = torch.randperm(height * width, generator=torch.Generator().manual_seed(0))
+    return tokens_BHWD.flatten(1, 2)[:, order].reshape(tokens_BHWD.shape)
+
+
+_SPOILT: dict[Spoil, Callable[[Tensor], Tensor]] = {
+    "none": lambda tokens_BHWD: tokens_BHWD,
+    "blur": _blurred,
+    "shuffle": _shuffled,
+}
+
+
+def _cells(row: Row) -> list[str]:
+    rates = [f"{rate:.1f}" for rate in (row.lost, row.solost, row.ncut, row.head_1, row.head)]
+    seen = [f"{value:.3f}" for value in (row.share, row.auc, row.agreement)]
+    return [row.source, row.spoilt, *rates, *seen, row.verdict.partition(":")[0]]
 
 
 if __name__ == "__main__":

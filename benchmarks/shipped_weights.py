@@ -19,9 +19,10 @@ import torch
 import tyro
 from numpy.typing import NDArray
 
-from benchmarks.feature_sweep import boxes_by_rule
 from benchmarks.timing import print_table, write_json
+from pipeline.boxes import Boxes
 from pipeline.config import LocalizationConfig
+from pipeline.config.labelling import SeedRule
 from pipeline.config.pretraining import DINOConfig
 from pipeline.data.labelled_folders import is_archive, read_archive, read_folder
 from pipeline.evaluation.corloc import (
@@ -31,7 +32,8 @@ from pipeline.evaluation.corloc import (
     interval_95,
     resampled_rates,
 )
-from pipeline.labelling.labeller import ForwardPass, Provenance, PseudoBoxLabeller
+from pipeline.labelling.labeller import ForwardPass, Image, Provenance, PseudoBoxLabeller
+from pipeline.localization.localize import localize
 from pipeline.models.backbones import build_backbone, build_vit, load_weights
 from pipeline.pretraining.network import DINONetwork
 from pipeline.pretraining.probe import BoxProbe, neighbour_accuracy, read_box_probe
@@ -142,8 +144,22 @@ def _hits(net: Network, text: str, probe: BoxProbe) -> dict[str, NDArray[np.bool
         Provenance("", "", ""),
         forward=ForwardPass(net.normalize),
     )
-    found = boxes_by_rule(labeller, list(probe.photos))
+    found = _boxes_by_rule(labeller, list(probe.photos))
     return {rule: best_ious(boxes, probe.truths) >= THRESHOLD for rule, boxes in found.items()}
+
+
+def _boxes_by_rule(labeller: PseudoBoxLabeller, images: list[Image]) -> dict[SeedRule, Boxes]:
+    """Each image's box by each rule, on the same features."""
+    rules: tuple[SeedRule, ...] = ("lost", "solost")
+    boxes: dict[SeedRule, Boxes] = {rule: np.zeros((len(images), 4)) for rule in rules}
+    for rows in labeller.batches(images):
+        batch = [images[row] for row in rows]
+        features = labeller.extract(batch)
+        sides = np.array([[image.shape[1], image.shape[0]] * 2 for image in batch])
+        for rule, boxes_N4 in boxes.items():
+            found = localize(features.tokens_BHWD, rule=rule)
+            boxes_N4[rows] = np.minimum(found.boxes_B4.numpy() * features.stride, sides)
+    return boxes
 
 
 def _rate(hits_N: NDArray[np.bool_], resamples: int) -> tuple[float, float, float]:
