@@ -9,7 +9,8 @@
 (e) the whole Ray job, its start-up taken off; (h) the same with a head
 
 Beside (d) stands what each rule costs on its features: SoLOST, the cut, a head's box, a head's many
-boxes. Read from pixels in memory, because decoding is the same work for all; (e) and (h) read and decode files.
+boxes. Read from pixels in memory, because decoding is the same work for all; (e) and (h) read and
+decode files.
 """
 
 import os
