@@ -4,10 +4,10 @@
         --name vit_tiny_patch16_224 --checkpoint VIT.safetensors --normalize half
 
 CorLoc of every rule for each, on the same images, and what the guard of a head looks at: the share
-of patches on objects, the AUC across images, the agreement with the cuts. ``--spoil`` adds features
-damaged on purpose: blurred over neighbours, or shuffled among the patches of each image. DINO wants
-the keys of its last block. A network trained on labels does not, and this finds what it wants
-instead. The standard error of a rate near 50 % over n images is 50 / sqrt(n) points.
+of patches on objects, the AUC across images, the agreement with the cuts, the border. ``--spoil``
+adds features damaged on purpose: blurred over neighbours, or shuffled among the patches of each
+image. DINO wants the keys of its last block. A network trained on labels does not, and this finds
+what it wants instead. The standard error of a rate near 50 % over n images is 50 / sqrt(n) points.
 """
 
 import tempfile
@@ -76,6 +76,7 @@ class Row:
     share: float = float("nan")
     auc: float = float("nan")
     agreement: float = float("nan")
+    border: float = float("nan")
     verdict: str = "refused: fewer than two cuts"
 
 
@@ -155,6 +156,7 @@ def measured(source: str, spoil: str, batches: list[Batch], sample: Sample) -> R
         "share": fit.head.share,
         "auc": fit.auc,
         "agreement": fit.agreement,
+        "border": fit.border,
         "verdict": "kept" if refused is None else f"refused: {refused}",
     }
     return Row(**{**asdict(row), **of_fit})
@@ -189,7 +191,7 @@ _SPOILT: dict[Spoil, Callable[[Tensor], Tensor]] = {
 
 def _cells(row: Row) -> list[str]:
     rates = [f"{rate:.1f}" for rate in (row.lost, row.solost, row.ncut, row.head_1, row.head)]
-    seen = [f"{value:.3f}" for value in (row.share, row.auc, row.agreement)]
+    seen = [f"{value:.3f}" for value in (row.share, row.auc, row.agreement, row.border)]
     return [row.source, row.spoilt, *rates, *seen, row.verdict.partition(":")[0]]
 
 

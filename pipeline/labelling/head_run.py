@@ -227,6 +227,7 @@ def _write(
         share=fit.head.share,
         auc=fit.auc,
         agreement=fit.agreement,
+        border=fit.border,
         changes=fit.changes,
         refused=why_not(fit),
         collection=Listing.model_validate(listing).model_dump(mode="json"),
@@ -240,7 +241,8 @@ def _write(
     text = record.model_dump_json(indent=1) + "\n"
     run.output.child(HEAD_CONFIG).write_bytes(text.encode())
     label_pass.folder.delete()
-    tracker.log_metrics({"share": record.share, "auc": fit.auc, "agreement": fit.agreement})
+    told = ("share", "auc", "agreement", "border")
+    tracker.log_metrics({name: getattr(record, name) for name in told})
     tracker.log_artifact_bytes(sheet, PICTURE)
     tracker.log_text(report, REPORT)
     tracker.log_dict(record.model_dump(mode="json"), HEAD_CONFIG)
@@ -252,7 +254,7 @@ def figures(record: HeadRecord) -> str:
     """What speaks for a head, in one line."""
     return (
         f"{record.share:.0%} of patches on objects, AUC {record.auc:.2f} across images, "
-        f"IoU {record.agreement:.2f} with the cuts' boxes"
+        f"IoU {record.agreement:.2f} with the cuts' boxes, {record.border:.2f} along edges"
     )
 
 
@@ -276,6 +278,7 @@ def _report(fit: Fit, record: HeadRecord) -> str:
                 ("share of patches on objects", f"{record.share:.3f}"),
                 ("AUC of one half's cuts foretold by the other half's", f"{record.auc:.3f}"),
                 ("mean IoU of its boxes with the cuts' boxes", f"{record.agreement:.3f}"),
+                ("patches along edges on objects, beside others", f"{record.border:.3f}"),
             ],
         ),
         "",

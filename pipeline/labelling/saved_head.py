@@ -41,6 +41,7 @@ class HeadRecord(BaseModel):
     share: float
     auc: float
     agreement: float
+    border: float
     changes: tuple[float, ...]
     refused: str | None
     """Why it would rather ruin boxes than better them; None where nothing says so."""
