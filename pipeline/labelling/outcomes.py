@@ -66,9 +66,7 @@ def outcomes_of(
     if found.agreement_B is not None and not many:
         columns["agreement"] = found.agreement_B[objects.image_K].tolist()
     if settings.masks or settings.refine_masks:
-        columns["masks"] = _masks(
-            found, objects, stride, images, sizes_B2, refine=settings.refine_masks
-        )
+        columns["masks"] = _masks(objects, stride, images, sizes_B2, refine=settings.refine_masks)
     seeds = None if many else _seeds(found, stride, seen_B2, sizes_B2, settings)
     outcomes: list[Outcome] = []
     for image, size_2 in enumerate(sizes_B2):
@@ -143,7 +141,6 @@ def _seeds(
 
 
 def _masks(
-    found: Localization,
     objects: Objects,
     stride: int,
     images: Sequence[Image],
@@ -159,8 +156,7 @@ def _masks(
         pixels = images[image]
         per_pixel_2 = sizes_B2[image] / (pixels.shape[1], pixels.shape[0])
         if refine:
-            map_HW = None if found.map_BHW is None else found.map_BHW[image].cpu().numpy()
-            fine_hw = refine_mask(mask_HW, map_HW, pixels, stride)
+            fine_hw = refine_mask(mask_HW, pixels, stride)
             masks.append(encode(fine_hw, cell=tuple(per_pixel_2)))
         else:
             masks.append(encode(mask_HW, cell=tuple(per_pixel_2 * stride)))
