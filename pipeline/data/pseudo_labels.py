@@ -5,8 +5,8 @@ only what the manifest lists: stray files of a killed run are invisible, and a f
 manifest is a run that has not finished. Columns are plain Arrow types, so DuckDB, pandas and polars
 read them as well.
 
-To add a column: add it to ``SCHEMA`` with a line in ``docs/table.md``; raise ``SCHEMA_VERSION``
-only where an old reader would misunderstand the new table.
+To add a column: add it to ``SCHEMA`` and to ``LATER_COLUMNS`` with a line in ``docs/table.md``;
+raise ``SCHEMA_VERSION`` only where an old reader would misunderstand the new table.
 """
 
 import hashlib
@@ -92,6 +92,9 @@ SCHEMA = pa.schema(
         pa.field("created_at", pa.timestamp("us", tz="UTC"), nullable=False),
     ]
 )
+
+LATER_COLUMNS = ("num_frames", "contrast", "agreement", "masks")
+"""Tables from before there were these are read as if they held nulls."""
 
 
 class TableFile(BaseModel):
@@ -219,6 +222,8 @@ def manifest_sha256(folder: Location) -> str:
 def iterate_labels(folder: Location, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
     """The table's files one after another, so that memory holds one at a time.
 
+    ``columns`` are those of ``SCHEMA``, all where None; others that a file may have are left out.
+
     Raises:
         DataError: a listed file is missing, not the one the manifest describes, or lacks a column.
     """
@@ -238,7 +243,7 @@ def read_labels(folder: Location, columns: Sequence[str] | None = None) -> pa.Ta
 
 def _read_file(place: Location, file: TableFile, columns: Sequence[str] | None) -> pa.Table:
     """One listed file, checked against what the manifest says of it."""
-    wanted = None if columns is None else list(columns)
+    wanted = list(SCHEMA.names if columns is None else columns)
     try:
         data = place.read_bytes()
         # Parquet notices few flipped bits by itself, and a stale cache or a half-copied table is
@@ -250,12 +255,15 @@ def _read_file(place: Location, file: TableFile, columns: Sequence[str] | None) 
                 "label the images again"
             )
         parquet = pq.ParquetFile(pa.BufferReader(data))
-        absent = sorted(set(wanted or ()) - set(parquet.schema_arrow.names))
-        if absent:
+        absent = sorted(set(wanted) - set(parquet.schema_arrow.names))
+        if not set(absent) <= set(LATER_COLUMNS):
             raise DataError(f"{place} lacks the columns {', '.join(absent)}: it is no label table")
-        table = parquet.read(columns=wanted)
+        table = parquet.read(columns=[name for name in wanted if name not in absent])
     except (OSError, pa.ArrowException) as fault:
         raise DataError(f"{place} cannot be read: {one_line(fault)}") from fault
     if table.num_rows != file.rows:
         raise DataError(f"{place} has {table.num_rows} rows, the manifest says {file.rows}")
-    return table if wanted is None else table.select(wanted)
+    for name in absent:
+        field = SCHEMA.field(name)
+        table = table.append_column(field, pa.nulls(table.num_rows, field.type))
+    return table.select(wanted)

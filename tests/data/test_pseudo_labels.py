@@ -10,6 +10,7 @@ import pytest
 
 from pipeline.data import pseudo_labels
 from pipeline.data.pseudo_labels import (
+    LATER_COLUMNS,
     MANIFEST_NAME,
     SCHEMA,
     config_hash,
@@ -167,6 +168,21 @@ def test_foreign_parquet_lacks_columns_by_name(tmp_path: Path) -> None:
     change_manifest(tmp_path, files=[describe_file("other.parquet", 1, data).model_dump()])
     with pytest.raises(DataError, match="lacks the columns boxes, status"):
         read_labels(place, ["uri", "status", "boxes"])
+
+
+@pytest.mark.parametrize("columns", [None, ["masks", "uri"]])
+def test_what_a_table_is_older_than_is_null(tmp_path: Path, columns: list[str] | None) -> None:
+    mask = {"size": [1, 1], "counts": "01", "cell": [8.0, 8.0]}
+    place = write_table(tmp_path, [row("a", masks=[mask])], [row("b")])
+    file = tmp_path / "part-00001.parquet"
+    pq.write_table(pq.read_table(file).drop_columns(list(LATER_COLUMNS)), file)
+    files = [one.model_dump() for one in read_manifest(place).files]
+    files[1] = describe_file(file.name, 1, file.read_bytes()).model_dump()
+    change_manifest(tmp_path, files=files)
+    table = read_labels(place, columns)
+    assert table.column_names == (columns or SCHEMA.names)
+    assert table["masks"].to_pylist() == [[mask], None]
+    assert table.schema.field("masks").type == SCHEMA.field("masks").type
 
 
 def test_config_hash_changes_with_any_value_and_not_with_the_order() -> None:
