@@ -17,7 +17,7 @@ import numpy as np
 import pycocotools.mask
 from numpy.typing import NDArray
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, one_line
 
 Mask = NDArray[np.bool_]
 
@@ -56,72 +56,78 @@ def decode(stored: Mapping[str, Any]) -> Mask:
     """
     rows, columns = _size(stored)
     runs_R = _run_lengths(stored.get("counts"))
-    if (runs_R < 0).any() or runs_R.sum() != rows * columns:
+    cells = rows * columns
+    # Each alone first, so that no sum runs over.
+    if runs_R.min() < 0 or runs_R.max() > cells or runs_R.sum() != cells:
         raise DataError(
-            f"a mask's run lengths must be 0 or more and add up to {rows} x {columns} cells; "
-            f"these {len(runs_R)} add up to {runs_R.sum()}: the table is damaged"
+            f"the {len(runs_R)} run lengths of a mask of {rows} x {columns} cells must be 0 or "
+            "more and add up to it, and do not: the table is damaged"
         )
     # Runs go down the columns, the first one off the object.
     flat = np.repeat(np.arange(len(runs_R)) % 2 == 1, runs_R)
     return flat.reshape(columns, rows).T
 
 
-def at_pixels(stored: Mapping[str, Any], width: int, height: int) -> Mask:
-    """``(h, w)``: a mask of the table at the original image's resolution, each cell a flat square.
+def at_pixels(
+    stored: Mapping[str, Any], width: int, height: int, *, shown: tuple[int, int] | None = None
+) -> Mask:
+    """``(h, w)``: a mask of the table as pixels of its image, each cell a flat square.
 
     Args:
         stored: a value of the table's ``masks``.
-        width: pixels of the image; for one scaled down give its own and scale ``cell`` likewise.
+        width: of the original image.
         height: likewise.
+        shown: width and height of the pixels that are asked for, where the image was scaled.
 
     Raises:
-        DataError: as for ``decode``; the cells are no sizes, or do not cover the image.
+        DataError: as for ``decode``; or the cells do not cover the image.
     """
     mask_HW = decode(stored)
-    if width < 1 or height < 1 or width * height > MAX_CELLS:
-        raise DataError(f"an image must have 1 to {MAX_CELLS} pixels, got {width} x {height}")
-    cell_2 = _numbers(stored, "cell")
-    if not (cell_2 > 0).all():
-        raise DataError(f"a mask's cell must be wider and higher than 0, got {cell_2.tolist()}")
-    row_h, column_w = (
-        (np.arange(pixels) + 0.5) / side
-        for pixels, side in ((height, cell_2[1]), (width, cell_2[0]))
-    )
-    limits = np.array(mask_HW.shape) + _ROUNDING
-    if row_h[-1] > limits[0] or column_w[-1] > limits[1]:
-        raise DataError(
-            f"a mask of {mask_HW.shape[0]} x {mask_HW.shape[1]} cells of {cell_2[1]:g} x "
-            f"{cell_2[0]:g} pixels does not cover its image of {height} x {width}"
-        )
-    row_h1 = np.minimum(row_h.astype(np.int64), mask_HW.shape[0] - 1)[:, None]
-    mask_hw: Mask = mask_HW[row_h1, np.minimum(column_w.astype(np.int64), mask_HW.shape[1] - 1)]
+    wide, high = shown or (width, height)
+    if min(width, height, wide, high) < 1 or wide * high > MAX_CELLS:
+        raise DataError(f"a mask is drawn at 1 to {MAX_CELLS} pixels, not at {wide} x {high}")
+    cell_wide, cell_high = _numbers(stored, "cell")
+    row_h = _cell_of_pixels(height, high, cell_high, mask_HW.shape[0])
+    column_w = _cell_of_pixels(width, wide, cell_wide, mask_HW.shape[1])
+    mask_hw: Mask = mask_HW[row_h[:, None], column_w]
     return mask_hw
+
+
+def _cell_of_pixels(length: int, pixels: int, cell: float, cells: int) -> NDArray[np.int64]:
+    """Which cell the middle of each pixel lies in, along one side of the image."""
+    if not cell > 0 or length / cell > cells + _ROUNDING:
+        raise DataError(
+            f"a mask's {cells} cells of {cell:g} pixels do not cover an image of {length}: the "
+            "table is damaged"
+        )
+    place = (np.arange(pixels) + 0.5) * (length / pixels) / cell
+    return np.minimum(place.astype(np.int64), cells - 1)
 
 
 def _size(stored: Mapping[str, Any]) -> tuple[int, int]:
     rows, columns = _numbers(stored, "size")
-    if not (rows >= 1 and columns >= 1 and rows * columns <= MAX_CELLS):
+    if not (rows >= 1 and columns >= 1 and rows <= MAX_CELLS / columns):
         raise DataError(
             f"a mask must have 1 to {MAX_CELLS} cells, got {rows:g} rows of {columns:g}"
         )
     return int(rows), int(columns)
 
 
-def _numbers(stored: Mapping[str, Any], name: str) -> NDArray[np.float64]:
+def _numbers(stored: Mapping[str, Any], name: str) -> tuple[float, float]:
     """The two finite numbers of a field."""
     try:
         two_2 = np.asarray(stored[name], dtype=np.float64)
     except (KeyError, TypeError, ValueError, OverflowError):
         two_2 = np.empty(0)
     if two_2.shape != (2,) or not np.isfinite(two_2).all():
-        raise DataError(f"a mask's {name} must be two numbers, got {stored.get(name)!r:.80}")
-    return two_2
+        raise DataError(f"a mask's {name} must be two numbers, got {one_line(repr(stored), 80)}")
+    return float(two_2[0]), float(two_2[1])
 
 
 def _run_lengths(counts: Any) -> NDArray[np.int64]:
     """What COCO's letters stand for; negative only where they are wrong."""
     if not isinstance(counts, str) or not counts.isascii() or not counts:
-        raise DataError(f"a mask's counts must be COCO's letters, got {counts!r:.80}")
+        raise DataError(f"a mask's counts must be COCO's letters, got {one_line(repr(counts), 80)}")
     letters_L = np.frombuffer(counts.encode(), dtype=np.uint8).astype(np.int64) - _FIRST_LETTER
     last_R = np.flatnonzero(letters_L & _MORE == 0)
     first_R = np.concatenate([[0], last_R[:-1] + 1])
@@ -132,7 +138,9 @@ def _run_lengths(counts: Any) -> NDArray[np.int64]:
         or last_R[-1] != len(letters_L) - 1
         or (last_R - first_R).max() >= _MOST_LETTERS
     ):
-        raise DataError(f"a mask's counts are no run lengths of COCO's, got {counts!r:.80}")
+        raise DataError(
+            f"a mask's counts are no run lengths of COCO's, got {one_line(repr(counts), 80)}"
+        )
     place_L = np.arange(len(letters_L)) - np.repeat(first_R, last_R - first_R + 1)
     runs_R = np.add.reduceat((letters_L & _DIGITS) << _BITS * place_L, first_R)
     is_negative_R = letters_L[last_R] & _SIGN != 0

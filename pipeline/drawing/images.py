@@ -59,15 +59,20 @@ _LONGEST_TEXT = 400
 # Bright is what matters in both maps: few similar patches, and much like the seed.
 _DEGREE_RAMP, _SIMILARITY_RAMP = "viridis_r", "plasma"
 _MAP_OPACITY = 0.7
+_TINT = 0.45
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Boxes ``(N, 4)`` xyxy with their scores (or none), and the seed, in pixels of the image."""
+    """Boxes ``(N, 4)`` xyxy with their scores (or none), and the seed, in pixels of the image.
+
+    ``masks`` are the objects' ``(H, W)`` pixels, where they are known.
+    """
 
     boxes_N4: ArrayLike
     seed_xy: tuple[float, float] | None = None
     scores: Sequence[float] = ()
+    masks: Sequence[Bools] = ()
 
 
 @dataclass(frozen=True)
@@ -82,8 +87,16 @@ class Panel:
 
 
 def draw_box(pixels_HW3: Pixels, finding: Finding, *, colour: Colour, fit: Size = PANEL) -> Picture:
-    """The image with its boxes, their scores in a corner, and the seed as a white dot."""
-    return _mark(_scaled(pixels_HW3, fit), pixels_HW3, finding, colour)
+    """The image with its boxes, their scores in a corner, and the seed as a white dot.
+
+    Masks are tinted in the colour of the boxes.
+    """
+    picture = _scaled(pixels_HW3, fit)
+    if finding.masks:
+        inside = Image.fromarray(np.any(finding.masks, axis=0)).resize(picture.size)
+        tinted = Image.blend(picture, Image.new("RGB", picture.size, colour), _TINT)
+        picture = Image.composite(tinted, picture, inside)
+    return _mark(picture, pixels_HW3, finding, colour)
 
 
 def draw_mask(
@@ -108,7 +121,7 @@ def draw_mask(
     picture = _scaled(pixels_HW3, fit)
     inside_HW = _spread(mask_RC.astype(np.float32), stride, pixels_HW3, picture.size) > 0.5
     # Tinted grey, not the tinted image: orange over a blue sky would be grey.
-    tinted = Image.blend(_grey(picture), Image.new("RGB", picture.size, colour), 0.45)
+    tinted = Image.blend(_grey(picture), Image.new("RGB", picture.size, colour), _TINT)
     shown = Image.composite(tinted, _dimmed(picture), Image.fromarray(inside_HW))
     return _mark(shown, pixels_HW3, finding, colour)
 
@@ -166,6 +179,33 @@ def similarity_panel(
     picture = _mark(picture, pixels_HW3, Finding([], seed_xy), _WHITE)
     others = max(0, int((similarity_RC > 0).sum()) - 1)
     title = f"Similarity to the seed ({others} similar)"
+    return Panel(picture, title, ramp=(_SIMILARITY_RAMP, "0", f"{high:.2f}"))
+
+
+def map_panel(
+    pixels_HW3: Pixels,
+    map_RC: Floats,
+    stride: float,
+    *,
+    title: str,
+    seed_xy: tuple[float, float] | None,
+    fit: Size = PANEL,
+) -> Panel:
+    """A map of objects: the higher the brighter; what is no object's (0 or less) stays dark.
+
+    Args:
+        pixels_HW3: the image.
+        map_RC: of each patch, ``stride`` pixels wide.
+        stride: pixels per patch.
+        title: what the map is of.
+        seed_xy: where it is highest on the object, in pixels of the image.
+        fit: width and height the picture is scaled into.
+    """
+    high = max(float(map_RC.max()), 1e-6)
+    picture = _scaled(pixels_HW3, fit)
+    values_HW = _spread(map_RC, stride, pixels_HW3, picture.size)
+    picture = _heat(picture, values_HW / high, values_HW > 0, _SIMILARITY_RAMP)
+    picture = _mark(picture, pixels_HW3, Finding([], seed_xy), _WHITE)
     return Panel(picture, title, ramp=(_SIMILARITY_RAMP, "0", f"{high:.2f}"))
 
 

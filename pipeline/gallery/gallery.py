@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from pipeline.config import DrawJob, ImagesConfig
+from pipeline.data.masks import at_pixels
 from pipeline.data.pixels import load_pixels, pixels_of_row
-from pipeline.data.pseudo_labels import Manifest, read_labels, read_manifest
+from pipeline.data.pseudo_labels import Manifest, iterate_labels, read_labels, read_manifest
 from pipeline.drawing.images import (
     METHOD_COLOURS,
     METHOD_NAMES,
@@ -108,6 +111,7 @@ def draw_gallery(job: DrawJob) -> int:
     if not rows:
         raise DataError(f"{labels} has no image that was labelled ({_told(manifest.counts)})")
     _keep_out_of_the_collection(output, rows)
+    rows = _with_masks(labels, rows)
     drawer = _map_drawer(manifest, job.checkpoint)
     shown = _draw_all(rows, drawer, decoding_of(manifest), output)
     title = f"{_recipe(manifest)}   {len(shown)} of {manifest.rows:,} images"
@@ -185,6 +189,16 @@ def _spread_over(table: pa.Table, statuses: Sequence[str], number: int) -> list[
     chosen = [index * table.num_rows // number for index in range(number)]
     rows: list[Row] = table.take(pa.array(chosen, pa.int64())).to_pylist()
     return rows
+
+
+def _with_masks(labels: Location, rows: Sequence[Row]) -> list[Row]:
+    """The rows with their masks, read for them alone: a whole table's fill the memory."""
+    wanted = pa.array([row["image_id"] for row in rows])
+    masks: Row = {}
+    for part in iterate_labels(labels, ["image_id", "masks"]):
+        part = part.filter(pc.is_in(part["image_id"], value_set=wanted))
+        masks |= zip(part["image_id"].to_pylist(), part["masks"].to_pylist(), strict=True)
+    return [row | {"masks": masks[row["image_id"]]} for row in rows]
 
 
 def _map_drawer(manifest: Manifest, checkpoint: str | None) -> MapDrawer | None:
@@ -273,38 +287,52 @@ def _note(row: Row) -> str:
     """What the table says of an image beside its boxes."""
     if row["status"] != "ok":
         return "no object was found"
-    if row["seed_degree"] is None:
-        shown, found = len(_best(row["boxes"], row["scores"] or [])[0]), len(row["boxes"])
-        return f"the best {shown} of {found} boxes"
-    area = 100 * (row["area_fraction"] or 0)
-    return f"{area:.0f} % of the image, seed of degree {row['seed_degree']}"
+    if len(row["boxes"]) > 1:
+        return f"the best {len(_best(row))} of {len(row['boxes'])} boxes"
+    area = f"{100 * (row['area_fraction'] or 0):.0f} % of the image"
+    return area if row["seed_degree"] is None else f"{area}, seed of degree {row['seed_degree']}"
 
 
 def _boxed(row: Row, pixels: Pixels, fit: Size) -> Picture:
     """The image with what the table says of it."""
     # The table is in original pixels; these may have been scaled down for the network.
     scale = pixels.shape[1] / row["width"] if row["width"] else 1.0
-    boxes, scores = _best(row["boxes"] or [], row["scores"] or [])
-    seed = row["seed_xy"]
+    best, seed = _best(row), row["seed_xy"]
     finding = Finding(
-        [[edge * scale for edge in box] for box in boxes],
+        [[edge * scale for edge in row["boxes"][one]] for one in best],
         (seed[0] * scale, seed[1] * scale) if seed else None,
-        scores,
+        [row["scores"][one] for one in best if row["scores"]],
+        _masks(row, best, pixels),
     )
     family = row["method"].partition("_")[0]
     colour = METHOD_COLOURS.get(family, METHOD_COLOURS["solost"])
     return draw_box(pixels, finding, colour=colour, fit=fit)
 
 
-def _best(boxes: Sequence[Any], scores: Sequence[float]) -> tuple[list[Any], list[float]]:
+def _masks(row: Row, chosen: Sequence[int], pixels: Pixels) -> list[NDArray[np.bool_]]:
+    """Of these boxes, at the pixels of the image, which may have been scaled down; [] if none."""
+    masks = row.get("masks")
+    if not masks:
+        return []
+    if len(masks) != len(row["boxes"]):
+        raise DataError(
+            f"{row['uri']} has {len(masks)} masks for {len(row['boxes'])} boxes: the table is "
+            "damaged"
+        )
+    shown = (pixels.shape[1], pixels.shape[0])
+    size = (row["width"] or shown[0], row["height"] or shown[1])
+    return [at_pixels(masks[one], *size, shown=shown) for one in chosen]
+
+
+def _best(row: Row) -> list[int]:
     """What is worth drawing: a detector tells of a hundred boxes, most of them hardly believed."""
+    boxes, scores = row["boxes"] or [], row["scores"] or []
     if len(boxes) != len(scores):
-        return list(boxes), list(scores)
-    order = sorted(range(len(boxes)), key=lambda row: -scores[row])[:_MOST_BOXES]
-    kept = [
-        row for row in order if row == order[0] or scores[row] >= _LEAST_SHARE * scores[order[0]]
+        return list(range(len(boxes)))
+    order = sorted(range(len(boxes)), key=lambda one: -scores[one])[:_MOST_BOXES]
+    return [
+        one for one in order if one == order[0] or scores[one] >= _LEAST_SHARE * scores[order[0]]
     ]
-    return [boxes[row] for row in kept], [scores[row] for row in kept]
 
 
 def _caption(row: Row) -> str:
