@@ -112,7 +112,7 @@ def draw_gallery(job: DrawJob) -> int:
         raise DataError(f"{labels} has no image that was labelled ({_told(manifest.counts)})")
     _keep_out_of_the_collection(output, rows)
     rows = _with_masks(labels, rows)
-    drawer = _map_drawer(manifest, job.checkpoint)
+    drawer = _map_drawer(labels, manifest, job.checkpoint)
     shown = _draw_all(rows, drawer, decoding_of(manifest), output)
     title = f"{_recipe(manifest)}   {len(shown)} of {manifest.rows:,} images"
     sheet = contact_sheet(
@@ -129,7 +129,7 @@ def draw_gallery(job: DrawJob) -> int:
 
 
 def sheet_of_boxes(rows: pa.Table, *, limit: int = 16) -> bytes | None:
-    """A contact sheet in PNG of at most ``limit`` labelled images with their boxes and seeds.
+    """A contact sheet in PNG of at most ``limit`` labelled images with boxes, masks and seeds.
 
     The images are read from their URIs; what is not there any more is left out.
 
@@ -140,7 +140,7 @@ def sheet_of_boxes(rows: pa.Table, *, limit: int = 16) -> bytes | None:
     Returns:
         None where no row has a box, or none of the chosen images is there.
     """
-    chosen = _spread_over(rows.select(_COLUMNS), ("ok",), limit)
+    chosen = _spread_over(rows.select([*_COLUMNS, "masks"]), ("ok",), limit)
     entries = [
         (_boxed(row, pixels, THUMBNAIL), _caption(row))
         for row, pixels in _images(chosen, ImagesConfig(min_side=1, max_side=512))
@@ -201,7 +201,7 @@ def _with_masks(labels: Location, rows: Sequence[Row]) -> list[Row]:
     return [row | {"masks": masks[row["image_id"]]} for row in rows]
 
 
-def _map_drawer(manifest: Manifest, checkpoint: str | None) -> MapDrawer | None:
+def _map_drawer(labels: Location, manifest: Manifest, checkpoint: str | None) -> MapDrawer | None:
     """What draws the maps; None, and a warning, where the table's weights are out of reach.
 
     Raises:
@@ -211,7 +211,7 @@ def _map_drawer(manifest: Manifest, checkpoint: str | None) -> MapDrawer | None:
         # A detector has no seeds and no maps of them.
         return None
     try:
-        return load_map_drawer(manifest, checkpoint)
+        return load_map_drawer(labels, manifest, checkpoint)
     except (WeightsError, ConfigError) as fault:
         if checkpoint is not None:
             raise

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from pipeline.config import BackboneConfig, ImagesConfig, LocalizationConfig
-from pipeline.config.labelling import Similarity
+from pipeline.config.labelling import SeedRule, Similarity
 from pipeline.data.pseudo_labels import Manifest
 from pipeline.drawing.images import (
     METHOD_COLOURS,
@@ -24,36 +24,46 @@ from pipeline.drawing.images import (
     Pixels,
     degree_panel,
     draw_mask,
+    map_panel,
     similarity_panel,
 )
-from pipeline.errors import WeightsError, one_line
+from pipeline.errors import DataError, WeightsError, one_line
 from pipeline.labelling.labeller import ForwardPass, Provenance, PseudoBoxLabeller
+from pipeline.labelling.run import HEAD_FOLDER
+from pipeline.labelling.saved_head import read_head
 from pipeline.localization.affinity import compare, similarity_to
+from pipeline.localization.head import Head
 from pipeline.localization.localize import Localization, localize
 from pipeline.localization.seed_expansion import OWN_SIMILARITY
 from pipeline.models.backbones import build_backbone, load_weights
-from pipeline.models.checkpoints import Weights
 from pipeline.models.features import FeatureExtractor, PatchFeatures
+from pipeline.storage import Location
 
 
 class MapDrawer:
-    """Draws what the network makes of an image: two maps, and both rules side by side.
+    """Draws what the network makes of an image: its maps, and two rules side by side.
 
     Args:
         backbone: the network that made the table.
         own: the table's settings. The other rule has its knob from there too, but compares patches
             in its own way: the table's similarity was chosen for the table's rule.
         forward: how the table's images went through the network.
+        head: of rule head.
     """
 
     def __init__(
-        self, backbone: FeatureExtractor, own: LocalizationConfig, forward: ForwardPass
+        self,
+        backbone: FeatureExtractor,
+        own: LocalizationConfig,
+        forward: ForwardPass,
+        head: Head | None = None,
     ) -> None:
         self.labeller = PseudoBoxLabeller(
             backbone,
             own,
             Provenance("", "", ""),
             forward=forward,
+            head=head,
             device="cuda" if torch.cuda.is_available() else "cpu",
         )
         rule = "lost" if own.rule == "solost" else "solost"
@@ -62,39 +72,43 @@ class MapDrawer:
         self.pair = sorted((own, other), key=lambda one: one.rule)
 
     def panels(self, pixels_HW3: Pixels) -> list[Panel]:
-        """Degree map, similarity to the seed, LOST, SoLOST; the image as the network sees it."""
+        """The maps, then the masks of both rules; the image as the network sees it.
+
+        Of lost and solost: degree, and similarity to the seed. Of others the map of objects.
+        """
         features = self.labeller.extract([pixels_HW3])
-        found = self.labeller.localize(features)
-        grid = found.mask_BHW.shape[1:]
-        degree_HW = found.degree_BN[0].reshape(grid).cpu().numpy()
-        cosine_HW = _similarity_to_seed(features, found, _similarity(self.labeller.localization))
-        stride, seed_xy = features.stride, _finding(found, features.stride).seed_xy
-        return [
-            degree_panel(pixels_HW3, degree_HW, stride, seed_xy=seed_xy),
-            similarity_panel(pixels_HW3, cosine_HW, stride, seed_xy=seed_xy),
-            *(_mask_panel(pixels_HW3, features, settings) for settings in self.pair),
-        ]
+        own, found = self.labeller.localization, self.labeller.localize(features)
+        seed_xy = _finding(found, features.stride).seed_xy
+        panels = _maps(pixels_HW3, features, found, own, seed_xy)
+        for settings in self.pair:
+            one = found
+            if settings is not own:
+                one = localize(features.tokens_BHWD, **settings.arguments())
+            panels.append(_mask_panel(pixels_HW3, one, features.stride, settings))
+        return panels
 
 
-def load_map_drawer(manifest: Manifest, checkpoint: str | None) -> MapDrawer:
+def load_map_drawer(labels: Location, manifest: Manifest, checkpoint: str | None) -> MapDrawer:
     """A drawer with the very weights and settings that the table was made with.
 
     Args:
+        labels: the table's folder.
         manifest: the table's.
         checkpoint: file with the weights; None is the file the manifest names, else the hub.
 
     Raises:
-        WeightsError: the weights cannot be had, are not the table's, or the manifest does not say
-            how the table was made.
+        WeightsError: the weights or the head cannot be had, are not the table's, or the manifest
+            does not say how the table was made.
         ConfigError: this version has no such backbone, or the backbone no such feature or block.
     """
     backbone, localization = _settings(manifest)
     named = (manifest.job.get("backbone") or {}).get("checkpoint")
     weights = load_weights(backbone.name, checkpoint or named)
-    _require_same(weights, manifest.weights_sha256)
+    _require_same(weights.source, weights.sha256, manifest.weights_sha256)
     network = build_backbone(backbone.name, weights, feature=backbone.feature, block=backbone.block)
     forward = ForwardPass(backbone.normalize, manifest.config.get("precision", "fp32"))
-    return MapDrawer(network, localization, forward)
+    head = _head(labels, manifest) if localization.rule == "head" else None
+    return MapDrawer(network, localization, forward, head)
 
 
 def decoding_of(manifest: Manifest) -> ImagesConfig:
@@ -107,13 +121,17 @@ def decoding_of(manifest: Manifest) -> ImagesConfig:
 
 def _settings(manifest: Manifest) -> tuple[BackboneConfig, LocalizationConfig]:
     backbone = _group(manifest, "backbone")
+    localization = _group(manifest, "localization")
     backbone.pop("weights_sha256", None)
+    # How the head was chosen is told there too.
+    for name in ("head_sha256", "head_refused"):
+        localization.pop(name, None)
     if "name" not in backbone:
         raise WeightsError("the manifest of the table does not say which backbone made it")
     try:
         return (
             BackboneConfig.model_validate(backbone),
-            LocalizationConfig.model_validate(_group(manifest, "localization")),
+            LocalizationConfig.model_validate(localization),
         )
     except ValidationError as fault:
         raise WeightsError(
@@ -131,18 +149,51 @@ def _group(manifest: Manifest, group: str) -> dict[str, Any]:
     }
 
 
-def _require_same(weights: Weights, sha256: str) -> None:
-    if weights.sha256 != sha256:
+def _head(labels: Location, manifest: Manifest) -> Head:
+    """The table's head: where it was given, or in the table's folder, where it was fitted."""
+    named = (manifest.job.get("localization") or {}).get("head")
+    place = Location.parse(named) if named else labels.child(HEAD_FOLDER)
+    try:
+        head, record = read_head(place)
+    except DataError as fault:
+        raise WeightsError(str(fault)) from fault
+    wanted = str(manifest.config.get("localization.head_sha256"))
+    _require_same(str(place), record.head_sha256, wanted)
+    return head
+
+
+def _require_same(source: str, sha256: str, wanted: str) -> None:
+    if sha256 != wanted:
         raise WeightsError(
-            f"{weights.source} is not what the table was made with: its sha256 is "
-            f"{weights.sha256[:12]}..., the table's {sha256[:12]}...; give the table's own weights"
+            f"{source} is not what the table was made with: its sha256 is "
+            f"{sha256[:12]}..., the table's {wanted[:12]}...; give the table's own weights"
         )
 
 
+def _maps(
+    pixels_HW3: Pixels,
+    features: PatchFeatures,
+    found: Localization,
+    settings: LocalizationConfig,
+    seed_xy: tuple[float, float] | None,
+) -> list[Panel]:
+    stride = features.stride
+    if found.map_BHW is not None:
+        map_HW = found.map_BHW[0].cpu().numpy()
+        title = f"{METHOD_NAMES[settings.rule]}'s map of objects"
+        return [map_panel(pixels_HW3, map_HW, stride, title=title, seed_xy=seed_xy)]
+    degree_HW = found.degree_BN[0].reshape(found.mask_BHW.shape[1:]).cpu().numpy()
+    cosine_HW = _similarity_to_seed(features, found, _similarity(settings))
+    return [
+        degree_panel(pixels_HW3, degree_HW, stride, seed_xy=seed_xy),
+        similarity_panel(pixels_HW3, cosine_HW, stride, seed_xy=seed_xy),
+    ]
+
+
 def _similarity(settings: LocalizationConfig) -> Similarity:
-    rule = settings.rule
-    own = OWN_SIMILARITY[rule] if rule == "lost" or rule == "solost" else "cosine"
-    return settings.similarity or own
+    """Of lost and solost."""
+    rule: SeedRule = "lost" if settings.rule == "lost" else "solost"
+    return settings.similarity or OWN_SIMILARITY[rule]
 
 
 def _similarity_to_seed(
@@ -158,20 +209,28 @@ def _similarity_to_seed(
     return cosine_HW
 
 
-def _mask_panel(pixels_HW3: Pixels, features: PatchFeatures, settings: LocalizationConfig) -> Panel:
-    found = localize(features.tokens_BHWD, **settings.arguments())
+def _mask_panel(
+    pixels_HW3: Pixels, found: Localization, stride: int, settings: LocalizationConfig
+) -> Panel:
+    rule = settings.rule
     picture = draw_mask(
         pixels_HW3,
         found.mask_BHW[0].cpu().numpy(),
-        features.stride,
-        _finding(found, features.stride),
-        colour=METHOD_COLOURS[settings.rule],
+        stride,
+        _finding(found, stride),
+        colour=METHOD_COLOURS[rule],
     )
-    lost = settings.rule == "lost"
-    knob = f"k = {settings.num_candidates}" if lost else f"m = {settings.keep_fraction:g}"
+    knob = {
+        "lost": f", k = {settings.num_candidates}",
+        "solost": f", m = {settings.keep_fraction:g}",
+        "ncut": f", tau = {settings.cut_threshold:g}",
+        "head": "",
+    }[rule]
     nothing = "" if found.found_B[0] else ", nothing found"
-    title = f"{METHOD_NAMES[settings.rule]}, {knob}{nothing}"
-    return Panel(picture, title, f"{_similarity(settings)}; voted patches around the seed")
+    note = "the main object above the map's 0"
+    if found.map_BHW is None:
+        note = f"{_similarity(settings)}; voted patches around the seed"
+    return Panel(picture, f"{METHOD_NAMES[rule]}{knob}{nothing}", note)
 
 
 def _finding(found: Localization, stride: int) -> Finding:

@@ -1,5 +1,6 @@
 """Tables -> files: which images, under which names, with which weights, and what is told."""
 
+import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from io import BytesIO
@@ -10,10 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import timm
+from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import save_file
 
 from pipeline.config import BackboneConfig, DrawJob, LabelJob, LocalizationConfig
+from pipeline.data.masks import encode
 from pipeline.data.pixels import load_pixels, pixels_of_row
 from pipeline.data.pseudo_labels import config_hash, read_labels, read_manifest
 from pipeline.drawing.images import METHOD_COLOURS, THUMBNAIL
@@ -21,6 +24,8 @@ from pipeline.errors import ConfigError, DataError, StorageError, WeightsError
 from pipeline.gallery.gallery import SHEET_NAME, draw_gallery, safe_name, sheet_of_boxes
 from pipeline.gallery.maps import load_map_drawer
 from pipeline.labelling.labeller import Provenance, PseudoBoxLabeller
+from pipeline.labelling.saved_head import HeadRecord, encode_head, read_head
+from pipeline.localization.head import Head
 from pipeline.models.backbones import build_backbone, load_weights
 from pipeline.storage import Location
 from tests.tables import Row, write_table
@@ -41,6 +46,9 @@ def make_table(tmp_path: Path, tiny_weights: Path) -> MakeTable:
         checkpoint: str = str(tiny_weights),
         tracking: dict[str, str] | None = None,
         changes: dict[str, Row] | None = None,
+        localization: LocalizationConfig | None = None,
+        head: Head | None = None,
+        config: dict[str, Any] | None = None,
     ) -> Path:
         folder = tmp_path / "photos"
         folder.mkdir(exist_ok=True)
@@ -51,9 +59,12 @@ def make_table(tmp_path: Path, tiny_weights: Path) -> MakeTable:
             images=str(folder),
             output=str(tmp_path / "labels"),
             backbone=BackboneConfig(name=NAME, checkpoint=checkpoint, feature="value", block=2),
+            localization=localization or LocalizationConfig(),
         )
-        rows, sha256 = label([str(folder / name) for name in names], tiny_weights)
-        config = job.what_decides_the_boxes(sha256) | {"decode.max_side": LARGEST_SIDE}
+        uris = [str(folder / name) for name in names]
+        rows, sha256 = label(uris, tiny_weights, job.localization, head)
+        decides = job.what_decides_the_boxes(sha256) | {"decode.max_side": LARGEST_SIDE}
+        config = decides | (config or {})
         write_table(
             tmp_path / "labels",
             changed(rows, changes or {}),
@@ -68,7 +79,12 @@ def make_table(tmp_path: Path, tiny_weights: Path) -> MakeTable:
     return make
 
 
-def label(uris: Sequence[str], tiny_weights: Path) -> tuple[pa.Table, str]:
+def label(
+    uris: Sequence[str],
+    tiny_weights: Path,
+    localization: LocalizationConfig | None = None,
+    head: Head | None = None,
+) -> tuple[pa.Table, str]:
     """Rows of the label table, and the sha256 of the weights."""
     weights = load_weights(NAME, str(tiny_weights))
     inputs = pa.table({"image_id": [f"id{n}" for n in range(len(uris))], "uri": list(uris)})
@@ -77,7 +93,10 @@ def label(uris: Sequence[str], tiny_weights: Path) -> tuple[pa.Table, str]:
     )
     backbone = build_backbone(NAME, weights, feature="value", block=2)
     labeller = PseudoBoxLabeller(
-        backbone, LocalizationConfig(), Provenance("r1", "c1", weights.sha256)
+        backbone,
+        localization or LocalizationConfig(),
+        Provenance("r1", "c1", weights.sha256),
+        head=head,
     )
     return labeller(pixels), weights.sha256
 
@@ -126,7 +145,8 @@ def test_boxes_in_original_pixels_lie_right_on_images_scaled_down_for_the_networ
 
 def test_maps_come_from_the_very_features_that_made_the_boxes(make_table: MakeTable) -> None:
     labels = make_table()
-    drawer = load_map_drawer(read_manifest(Location.parse(str(labels))), None)
+    place = Location.parse(str(labels))
+    drawer = load_map_drawer(place, read_manifest(place), None)
     row = read_labels(Location.parse(str(labels))).slice(0, 1)
     decoded = load_pixels(
         row, min_side=16, max_side=LARGEST_SIDE, max_pixels=10**6, background=(0, 0, 0)
@@ -140,6 +160,130 @@ def test_maps_come_from_the_very_features_that_made_the_boxes(make_table: MakeTa
     assert titles[2:] == ["LOST, k = 100", "SoLOST, m = 0.5"]
     # The seed's similar patches, counted by the rule and on the map, are as many.
     assert titles[1] == f"Similarity to the seed ({row['seed_degree'][0].as_py()} similar)"
+
+
+def fitted_head(place: Location) -> Head:
+    """Stored at ``place``: a head that finds something in noise."""
+    head = Head(np.random.default_rng(0).normal(size=192), 0.0, 0.0, 0.5)
+    data = encode_head(head)
+    record = HeadRecord(
+        run_id="r0",
+        created_at="2026-01-02T00:00:00+00:00",
+        config={},
+        head_sha256=hashlib.sha256(data).hexdigest(),
+        num_images=30,
+        num_cut=30,
+        share=0.5,
+        auc=0.9,
+        agreement=0.5,
+        changes=(),
+        refused=None,
+        collection={},
+        versions={},
+    )
+    place.child("head.safetensors").write_bytes(data)
+    place.child("config.json").write_bytes(record.model_dump_json().encode())
+    return head
+
+
+def shown_panels(labels: Path) -> list[str]:
+    place = Location.parse(str(labels))
+    drawer = load_map_drawer(place, read_manifest(place), None)
+    noise = np.random.default_rng(0).integers(0, 120, (45, 80, 3), dtype=np.uint8)
+    return [panel.title for panel in drawer.panels(noise)]
+
+
+def test_of_a_cut_its_map_is_drawn_and_its_mask_beside_solost(make_table: MakeTable) -> None:
+    labels = make_table(localization=LocalizationConfig(rule="ncut", cut_threshold=0.9))
+    assert shown_panels(labels) == [
+        "NCut's map of objects",
+        "NCut, tau = 0.9",
+        "SoLOST, m = 0.5",
+    ]
+    assert draw(labels)[0] == "0001-a.jpg"
+
+
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_of_a_head_its_map_is_drawn_wherever_it_was_fitted(
+    make_table: MakeTable, tmp_path: Path, elsewhere: bool
+) -> None:
+    folder = tmp_path / "head" if elsewhere else tmp_path / "labels" / "_head"
+    place = Location.parse(str(folder))
+    head = fitted_head(place)
+    settings = LocalizationConfig(rule="head", head=str(folder) if elsewhere else None)
+    sha256 = read_head(place)[1].head_sha256
+    labels = make_table(
+        localization=settings, head=head, config={"localization.head_sha256": sha256}
+    )
+    assert shown_panels(labels) == ["Head's map of objects", "Head", "SoLOST, m = 0.5"]
+
+
+def test_without_the_tables_own_head_there_are_boxes_and_a_warning(
+    make_table: MakeTable, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    head = fitted_head(Location.parse(str(tmp_path / "labels" / "_head")))
+    settings = LocalizationConfig(rule="head")
+    make_table(localization=settings, head=head, config={"localization.head_sha256": 64 * "0"})
+    assert draw(tmp_path / "labels")[0] == "0001-a.jpg"
+    assert "_head is not what the table was made with" in caplog.text
+    (tmp_path / "labels" / "_head" / "config.json").unlink()
+    caplog.clear()
+    draw(tmp_path / "labels")
+    assert "no maps, only boxes and seeds" in caplog.text
+    assert "holds no fitted head" in caplog.text
+
+
+def test_a_refused_head_leaves_the_maps_of_the_cut(make_table: MakeTable) -> None:
+    settings = LocalizationConfig(rule="ncut", cut_threshold=0.9)
+    labels = make_table(localization=settings, config={"localization.head_refused": "too few"})
+    assert shown_panels(labels)[1] == "NCut, tau = 0.9"
+
+
+def test_masks_are_tinted_where_they_lie(make_table: MakeTable) -> None:
+    mask_HW = np.zeros((10, 20), dtype=bool)
+    mask_HW[2:6, 5:10] = True
+    stored = encode(mask_HW, (2 * LARGEST_SIDE / 20, 90 / 10))
+    changes = {"a.png": {"boxes": [[40, 18, 80, 54]], "masks": [stored]}}
+    tinted = sheet_pixels(make_table(("a.png",), changes=changes))
+    blank = {"a.png": {"boxes": [[40, 18, 80, 54]]}}
+    plain = sheet_pixels(make_table(("a.png",), changes=blank))
+    differs = abs(tinted - plain).sum(axis=-1) > 40
+    rows, columns = np.flatnonzero(differs.any(axis=1)), np.flatnonzero(differs.any(axis=0))
+    scale = THUMBNAIL[0] / (2 * LARGEST_SIDE)
+    left, top = (tinted.shape[1] - THUMBNAIL[0]) // 2, rows[0] - 18 * scale
+    # Inside the line of the box.
+    assert columns[0] - left == pytest.approx(40 * scale, abs=5)
+    assert columns[-1] + 1 - left == pytest.approx(80 * scale, abs=5)
+    assert rows[-1] + 1 - top == pytest.approx(54 * scale, abs=8)
+    assert differs[rows[0] + 8 : rows[-1] - 8, columns[0] + 8 : columns[-1] - 8].mean() > 0.9
+
+
+def sheet_pixels(labels: Path) -> NDArray[np.int64]:
+    draw(labels)
+    with Image.open(labels.parent / "out" / SHEET_NAME) as sheet:
+        return np.asarray(sheet.convert("RGB")).astype(np.int64)
+
+
+@pytest.mark.parametrize(
+    ("masks", "complaint"),
+    [
+        ([], None),
+        (None, None),
+        ([{"size": [9, 9], "counts": "ooo", "cell": [20, 20]}], "no run lengths of COCO's"),
+        ([{"size": [9, 9], "counts": "01", "cell": [20, 20]}], "must be 0 or more and add up"),
+        ([{"size": None, "counts": None, "cell": None}], "size must be two numbers"),
+        (2 * [{"size": [9, 9], "counts": "a2", "cell": [20, 20]}], "2 masks for 1 boxes"),
+    ],
+)
+def test_a_tables_damaged_mask_is_a_line(
+    make_table: MakeTable, masks: Any, complaint: str | None
+) -> None:
+    labels = make_table(("a.png",), changes={"a.png": {"boxes": [[1, 1, 9, 9]], "masks": masks}})
+    if complaint is None:
+        draw(labels)
+    else:
+        with pytest.raises(DataError, match=complaint):
+            draw(labels)
 
 
 @pytest.mark.parametrize(
