@@ -174,7 +174,10 @@ def look_at_scenes(settings: Settings) -> list[Seen]:
             for row, mask_HW in zip(rows, found.mask_BHW.numpy(), strict=True):
                 masks[row][rule] = mask_HW
     stride = batches[0][1].stride
-    seen = [Seen(*one, stride, found) for *one, found in zip(scenes, images, masks, strict=True)]
+    seen = [
+        Seen(scene, image, stride, found)
+        for scene, image, found in zip(scenes, images, masks, strict=True)
+    ]
     for one in seen:
         one.masks["exact"] = in_patches(one)
     return seen

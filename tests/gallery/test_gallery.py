@@ -176,6 +176,7 @@ def fitted_head(place: Location) -> Head:
         share=0.5,
         auc=0.9,
         agreement=0.5,
+        border=0.2,
         changes=(),
         refused=None,
         collection={},
