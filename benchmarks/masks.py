@@ -208,14 +208,15 @@ def cuts(batches: Iterable[tuple[list[int], PatchFeatures]]) -> Iterator[CutImag
 
 
 def in_patches(seen: Seen) -> Mask:
-    """The patches of which the main object has at least half."""
+    """The patches of whose part in the image the main object has at least half."""
     grid = next(iter(seen.masks.values())).shape
     height, width = seen.pixels_hw3.shape[:2]
     truth = Image.fromarray(seen.scene.masks_NHW[0].astype(np.float32))
     truth_hw = np.array(truth.resize((width, height), Image.Resampling.BOX))
-    padded_hw = np.zeros((grid[0] * seen.stride, grid[1] * seen.stride))
+    padded_hw = np.full((grid[0] * seen.stride, grid[1] * seen.stride), np.nan)
     padded_hw[:height, :width] = truth_hw
-    shares_HW = padded_hw.reshape(grid[0], seen.stride, grid[1], seen.stride).mean(axis=(1, 3))
+    tiled = padded_hw.reshape(grid[0], seen.stride, grid[1], seen.stride)
+    shares_HW = np.nanmean(tiled, axis=(1, 3))
     return np.asarray(shares_HW >= 0.5)
 
 

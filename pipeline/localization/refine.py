@@ -9,6 +9,9 @@ mask from the image itself. Not the map of objects but the mask is filtered: it 
 Shape letters:  H, W rows and columns of patches   h, w of pixels   R, C of cells   K parts
 """
 
+import math
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -51,27 +54,30 @@ def refine_mask(
         epsilon: variance of the image below which a window is smoothed.
     """
     height, width = pixels_hw3.shape[:2]
-    coarse_hw = _as_squares(mask_HW, stride)[:height, :width]
+    coarse_hw = _as_squares(mask_HW, stride, (height, width))
     if not coarse_hw.any() or coarse_hw.all():
         return coarse_hw
     rows, columns = mask_HW.shape
     # The last patches' part beyond the image looks like its edge.
     beyond = ((0, rows * stride - height), (0, columns * stride - width), (0, 0))
-    whole = (columns * stride, rows * stride)
-    reduced = (columns * CELLS_PER_PATCH, rows * CELLS_PER_PATCH)
     picture = Image.fromarray(np.pad(pixels_hw3, beyond, mode="edge"))
+    cells = (columns * CELLS_PER_PATCH, rows * CELLS_PER_PATCH)
+    # What of the cells the image covers; the others are no part of any window.
+    seen = (width / stride * CELLS_PER_PATCH, height / stride * CELLS_PER_PATCH)
+    inside = np.s_[: math.ceil(seen[1]), : math.ceil(seen[0])]
     slope_RC3, offset_RC = _colour_fits(
-        _resized(Image.fromarray(mask_HW.astype(np.float32)), reduced),
-        _unit(picture.resize(reduced, Image.Resampling.BOX)),
+        _resized(mask_HW, cells, mask_HW.shape[::-1])[inside],
+        _unit(picture.resize(cells, Image.Resampling.BOX))[inside],
         radius=round(radius * CELLS_PER_PATCH),
         epsilon=epsilon,
     )
-    fitted_hw = _resized(Image.fromarray(offset_RC), whole)
-    for channel, values in enumerate(picture.split()):
-        slope_RC = np.ascontiguousarray(slope_RC3[..., channel])
-        fitted_hw += _resized(Image.fromarray(slope_RC), whole) * _unit(values)
+    colour_hw3 = _unit(pixels_hw3)
+    fitted_hw = _resized(offset_RC, (width, height), seen)
+    for channel in range(3):
+        slope_hw = _resized(slope_RC3[..., channel], (width, height), seen)
+        fitted_hw += slope_hw * colour_hw3[..., channel]
     near_HW = ndimage.binary_dilation(mask_HW, _NEAR)
-    inside_hw = ((fitted_hw > 0.5) & _as_squares(near_HW, stride))[:height, :width]
+    inside_hw = (fitted_hw > 0.5) & _as_squares(near_HW, stride, (height, width))
     fine_hw = _largest_part_on(coarse_hw, inside_hw)
     return fine_hw if fine_hw.any() else coarse_hw
 
@@ -104,18 +110,22 @@ def _colour_fits(
     return mean(slope_RC3), mean(offset_RC)
 
 
-def _as_squares(mask_HW: Mask, stride: int) -> Mask:
-    return mask_HW.repeat(stride, axis=0).repeat(stride, axis=1)
+def _as_squares(mask_HW: Mask, stride: int, size: tuple[int, int]) -> Mask:
+    """Patches as pixels of an image of ``size`` (height, width)."""
+    return mask_HW.repeat(stride, axis=0).repeat(stride, axis=1)[: size[0], : size[1]]
 
 
-def _resized(values: Image.Image, size: tuple[int, int]) -> NDArray[np.float32]:
-    """To ``size`` (width, height), bilinear between the centres."""
-    return np.array(values.resize(size, Image.Resampling.BILINEAR), dtype=np.float32)
+def _resized(
+    values_RC: NDArray[Any], size: tuple[int, int], part: tuple[float, float]
+) -> NDArray[np.float32]:
+    """The first ``part`` of the values as ``size`` of them (both width, height), bilinear."""
+    picture = Image.fromarray(np.ascontiguousarray(values_RC, dtype=np.float32))
+    return np.array(picture.resize(size, Image.Resampling.BILINEAR, box=(0, 0, *part)))
 
 
-def _unit(picture: Image.Image) -> NDArray[np.float32]:
+def _unit(pixels: Any) -> NDArray[np.float32]:
     """Bytes as numbers from 0 to 1."""
-    return np.asarray(picture, dtype=np.float32) / np.float32(255)
+    return np.asarray(pixels, dtype=np.float32) / np.float32(255)
 
 
 def _largest_part_on(coarse_hw: Mask, inside_hw: Mask) -> Mask:
