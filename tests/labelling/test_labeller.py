@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.config import LocalizationConfig
+from pipeline.data.masks import at_pixels
 from pipeline.data.pixels import load_pixels
 from pipeline.data.pseudo_labels import SCHEMA
 from pipeline.labelling.labeller import (
@@ -19,6 +20,7 @@ from pipeline.labelling.labeller import (
     PseudoBoxLabeller,
 )
 from pipeline.labelling.outcomes import NOTHING_FOUND
+from pipeline.localization.head import Head
 from pipeline.models.backbones import build_backbone, load_weights
 from pipeline.models.features import FeatureExtractor, PatchFeatures
 
@@ -248,3 +250,61 @@ def test_real_photos_get_the_same_boxes_alone_and_in_company(
     for row, path in enumerate(photos):
         alone = label(decoded([str(path)]))
         assert alone["boxes"][0].as_py() == together["boxes"][row].as_py()
+
+
+def true_mask(width: int, height: int, box: tuple[int, int, int, int]) -> NDArray[np.bool_]:
+    return dark_square(width, height, box)[..., 0] == 0
+
+
+@pytest.mark.parametrize("rule", ["solost", "lost", "ncut"])
+def test_a_mask_of_patches_is_the_objects_in_original_pixels(tmp_path: Path, rule: str) -> None:
+    box = (320, 480, 800, 960)
+    uri = write(tmp_path / "big.png", dark_square(1600, 1280, box))
+    row = labeller(Brightness(), rule=rule, masks=True)(decoded([uri], max_side=160))
+    masks = row.to_pylist()[0]["masks"]
+    assert masks[0]["size"] == [8, 10]
+    assert masks[0]["cell"] == [160.0, 160.0]
+    assert np.array_equal(at_pixels(masks[0], 1600, 1280), true_mask(1600, 1280, box))
+
+
+@pytest.mark.parametrize("rule", ["solost", "ncut"])
+def test_a_refined_mask_has_edges_that_no_patch_has(tmp_path: Path, rule: str) -> None:
+    # Not a multiple of the patch, on an image that is none either and was scaled down by two.
+    box = (108, 140, 268, 246)
+    uri = write(tmp_path / "a.png", dark_square(402, 310, box))
+    table = decoded([uri], max_side=201)
+    coarse, fine = (
+        labeller(Brightness(), rule=rule, **{knob: True})(table).to_pylist()[0]["masks"][0]
+        for knob in ("masks", "refine_masks")
+    )
+    assert fine["size"] == [155, 201]
+    assert fine["cell"] == [2.0, 2.0]
+    true_hw = true_mask(402, 310, box)
+    overlap = [
+        (mask_hw & true_hw).sum() / (mask_hw | true_hw).sum()
+        for mask_hw in (at_pixels(coarse, 402, 310), at_pixels(fine, 402, 310))
+    ]
+    assert overlap[0] < 0.9
+    assert overlap[1] > 0.98
+
+
+def test_each_of_many_boxes_has_its_own_mask(tmp_path: Path) -> None:
+    boxes = [(32, 48, 80, 96), (112, 16, 144, 48)]
+    pixels = np.minimum(*(dark_square(160, 128, box) for box in boxes))
+    uris = [write(tmp_path / "a.png", pixels), write(tmp_path / "b.png", 0 * pixels + 255)]
+    chosen = LocalizationConfig(rule="head", max_objects=5, masks=True)
+    # Dark patches point one way, bright ones the other.
+    head = Head(np.array([-1.0, 0.0]), 0.0, 0.0, 0.1)
+    rows = PseudoBoxLabeller(
+        Brightness(), chosen, PROVENANCE, forward=ForwardPass("half"), head=head
+    )(decoded(uris)).to_pylist()
+    assert rows[0]["boxes"] == [list(box) for box in boxes]
+    for box, mask in zip(boxes, rows[0]["masks"], strict=True):
+        assert np.array_equal(at_pixels(mask, 160, 128), true_mask(160, 128, box))
+    assert rows[1]["status"] == "no_object"
+    assert not rows[1]["masks"]
+
+
+def test_without_being_asked_for_there_are_no_masks(tmp_path: Path) -> None:
+    uri = write(tmp_path / "a.png", dark_square(160, 128, (32, 48, 80, 96)))
+    assert labeller(Brightness())(decoded([uri])).to_pylist()[0]["masks"] is None
