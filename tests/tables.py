@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipeline.data.pseudo_labels import (
+    LATER_COLUMNS,
     SCHEMA,
     Manifest,
     describe_file,
     encode_table,
+    read_manifest,
     write_manifest,
 )
 from pipeline.storage import Location
@@ -61,3 +64,16 @@ def write_table(
     }
     write_manifest(place, Manifest(**(known | fields)))
     return place
+
+
+def leave_out_later_columns(folder: Path) -> None:
+    """Make the table one of Patchseed 0.1, which had less columns."""
+    place = Location.parse(str(folder))
+    manifest = read_manifest(place)
+    files = []
+    for file in manifest.files:
+        table = pq.read_table(folder / file.name).drop_columns(list(LATER_COLUMNS))
+        pq.write_table(table, folder / file.name)
+        data = (folder / file.name).read_bytes()
+        files.append(describe_file(file.name, table.num_rows, data))
+    write_manifest(place, manifest.model_copy(update={"files": files}))

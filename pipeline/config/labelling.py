@@ -280,7 +280,8 @@ class EvaluateJob(Settings):
     """COCO JSON (crowd is nobody's object), or a folder of Pascal VOC XML files."""
 
     output: str | None = None
-    """Folder (or URI) for evaluation.json, precision_recall.png and worst_cases.png."""
+    """Folder (or URI) for evaluation.json, precision_recall.png, worst_cases.png, and, where scores
+    could be probabilities, reliability.png."""
 
     coco_results: str | None = None
     """File for the boxes in COCO's results format."""
@@ -293,13 +294,14 @@ class EvaluateJob(Settings):
     (ignore, as the VOC devkit), or count like all others (keep)."""
 
     scores: Scores = "table"
-    """AP: rank boxes by the table's scores, or take all as equally sure."""
+    """AP: rank boxes by the table's scores, or take all as equally sure. In that case
+    nothing is said of what scores are worth."""
 
     class_aware: bool = False
     """Match clusters with classes also where all labels are 1; done anyway where they are not."""
 
     num_resamples: Annotated[int, Field(ge=100, le=1_000_000)] = 10_000
-    """Bootstrap resamples behind the 95 % intervals; of AP50 at most 2000."""
+    """Bootstrap resamples behind the 95 % intervals; of AP50 and AUROC at most 2000."""
 
     seed: Seed = 0
     """Seed of the bootstrap."""

@@ -27,6 +27,7 @@ from pipeline.evaluation.average_precision import (
 )
 from pipeline.evaluation.class_matching import ClassMatching, match_classes
 from pipeline.evaluation.predictions import Detections, Prediction, detections
+from pipeline.evaluation.scored_boxes import ScoreQuality, measure_scores, scored_boxes
 
 KNOWN_SETS = {
     5011: ("VOC2007 trainval", 12_608),
@@ -36,7 +37,7 @@ KNOWN_SETS = {
 """By the number of images: the set, and its objects that are not difficult."""
 
 MOST_RESAMPLES = 2000
-"""For AP50: each resample goes over all boxes, and more would not move the first decimal."""
+"""For AP50 and AUROC: each goes over all boxes, and more would not move the first decimal."""
 
 BOX_GROUPS = ((0, 0), (1, 1), (2, 2), (3, 4), (5, 9), (10, 19), (20, 49), (50, None))
 
@@ -80,6 +81,7 @@ class DetectionEvaluation:
         recall: by the number of objects in an image.
         box_counts: boxes per image.
         classes: clusters matched with classes; None where that was not measured.
+        quality: what the scores are worth; None where all are 1, or were taken as that.
         warnings: what the reader has to know to trust the numbers.
         hashes: of what was read, by ``labels`` and ``ground_truth``; the format plays no part.
         truths: the annotated images.
@@ -94,6 +96,7 @@ class DetectionEvaluation:
     recall: dict[str, RecallGroup]
     box_counts: BoxCounts
     classes: ClassMatching | None
+    quality: ScoreQuality | None
     warnings: tuple[str, ...]
     hashes: dict[str, str]
     truths: tuple[GroundTruth, ...]
@@ -127,8 +130,9 @@ def measure_all_boxes(
         recall=recall_by_num_objects(precision.matches),
         box_counts=count_boxes(found),
         classes=match_classes(truths, found) if labelled or options.class_aware else None,
+        quality=measure_scores(scored_boxes(truths, found), num_resamples=num_resamples, seed=seed),
         warnings=tuple(_warnings(truths)),
-        hashes={"labels": _hash_of_boxes(truths, told), "ground_truth": _hash_of_truth(truths)},
+        hashes={"labels": _hash_of_boxes(truths, told), "ground_truth": hash_of_truth(truths)},
         truths=tuple(truths),
         found=tuple(found),
         names=tuple(None if one is None else one.name for one in predictions),
@@ -202,7 +206,8 @@ def _hash_of_boxes(truths: Sequence[GroundTruth], found: Sequence[Detections]) -
     return digest.hexdigest()
 
 
-def _hash_of_truth(truths: Sequence[GroundTruth]) -> str:
+def hash_of_truth(truths: Sequence[GroundTruth]) -> str:
+    """The sha256 of what annotations say; their format plays no part."""
     digest = hashlib.sha256()
     for truth in truths:
         names = "\0".join((truth.file_name, *truth.classes_N, str(len(truth.boxes_N4))))

@@ -25,7 +25,7 @@ Shape letters:  N images   D boxes of all images   P true boxes   T IoU threshol
 import io
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import numpy as np
@@ -179,7 +179,7 @@ def recall_by_num_objects(matches: Matches) -> dict[str, RecallGroup]:
 
 def equally_sure(found: Sequence[Detections]) -> list[Detections]:
     """The same boxes, each with the score 1."""
-    return [Detections(one.boxes_D4, np.ones(len(one)), one.labels_D) for one in found]
+    return [replace(one, scores_D=np.ones(len(one))) for one in found]
 
 
 # ---- to pycocotools and back

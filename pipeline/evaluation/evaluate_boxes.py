@@ -25,12 +25,14 @@ from pipeline.evaluation.report import (
     precision_recall_png,
     print_detection_report,
     print_report,
+    reliability_png,
 )
 from pipeline.evaluation.worst_cases import worst_cases_png
 from pipeline.storage import Location
 from pipeline.tracking.tracker import OFF, start_tracker
 
 NUMBERS, CURVES, WORST = "evaluation.json", "precision_recall.png", "worst_cases.png"
+RELIABILITY = "reliability.png"
 
 
 def evaluate_boxes(job: EvaluateJob) -> dict[str, Any]:
@@ -109,6 +111,10 @@ def _files(numbers: dict[str, Any], detection: DetectionEvaluation) -> dict[str,
         NUMBERS: (json.dumps(numbers, indent=2) + "\n").encode(),
         CURVES: precision_recall_png(detection),
     }
+    quality = detection.quality
+    if quality and quality.reliability:
+        what = f"{quality.num_boxes:,} boxes, {quality.num_right:,} right at IoU 0.5"
+        files[RELIABILITY] = reliability_png({"scores": quality.reliability}, what)
     worst = worst_cases_png(detection)
     return files if worst is None else files | {WORST: worst}
 

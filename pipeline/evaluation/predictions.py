@@ -10,7 +10,7 @@ Shape letters:  D boxes of one image
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import PurePosixPath
@@ -25,7 +25,10 @@ from pipeline.data.pseudo_labels import iterate_labels, read_manifest
 from pipeline.errors import DataError
 from pipeline.storage import Location
 
-COLUMNS = ("uri", "width", "height", "status", "boxes", "scores", "labels")
+EVIDENCE = ("contrast", "agreement")
+"""Columns of what scores rest on; a table may lack them, or have nulls there."""
+
+COLUMNS = ("uri", "width", "height", "status", "boxes", "scores", "labels", *EVIDENCE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,11 +39,14 @@ class Detections:
         boxes_D4: xyxy in pixels.
         scores_D: 1 where the table has none.
         labels_D: 1 where the table has none.
+        evidence: what the scores rest on, by the names of ``EVIDENCE``: a float per box. What the
+            table does not say of this image is absent.
     """
 
     boxes_D4: Boxes
     scores_D: NDArray[np.float64]
     labels_D: NDArray[np.int64]
+    evidence: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.boxes_D4)
@@ -50,6 +56,7 @@ def detections(
     boxes: Sequence[Sequence[float]],
     scores: Sequence[float] | None = None,
     labels: Sequence[int] | None = None,
+    evidence: Mapping[str, Sequence[float]] | None = None,
 ) -> Detections:
     """Boxes of one image; without scores or labels these are 1."""
     boxes_D4 = as_boxes(boxes)
@@ -58,6 +65,7 @@ def detections(
         boxes_D4,
         np.array(scores or ones, dtype=np.float64),
         np.array(labels or ones, dtype=np.int64),
+        {name: np.array(values, dtype=np.float64) for name, values in (evidence or {}).items()},
     )
 
 
@@ -135,7 +143,7 @@ def _from_table(folder: Location) -> Iterator[Prediction]:
 
 def _detections(row: dict[str, Any], folder: Location) -> Detections:
     boxes = row["boxes"] or []
-    for name in ("scores", "labels"):
+    for name in ("scores", "labels", *EVIDENCE):
         values = row[name]
         if values and len(values) != len(boxes):
             raise DataError(
@@ -146,7 +154,8 @@ def _detections(row: dict[str, Any], folder: Location) -> Detections:
     faults = [fault for box in boxes if (fault := _fault(box))]
     if faults:
         raise DataError(f"{folder}: the box of {row['uri']} {faults[0]}")
-    return detections(boxes, row["scores"], row["labels"])
+    evidence = {name: row[name] for name in EVIDENCE if row[name]}
+    return detections(boxes, row["scores"], row["labels"], evidence)
 
 
 def _best_box(found: Detections) -> tuple[float, float, float, float] | None:

@@ -1,13 +1,13 @@
 """An evaluation as tables for people, as one JSON object for programs, and as a picture.
 
-One box per image first, then all boxes against all objects. Every AP names its rule for difficult
-objects: with another it may be ten points off. To add a number: its line in the table or in the
-remarks of its half, and in ``as_json`` or ``detection_json``.
+One box per image first, then all boxes against all objects, then what their scores are worth. Every
+AP names its rule for difficult objects: with another it may be ten points off. To add a number: its
+line in the table or in the remarks of its part, and in ``as_json`` or ``detection_json``.
 
-Shape letters:  Q recalls, from 0 to 1 in hundredths
+Shape letters:  Q recalls, from 0 to 1 in hundredths   K bins of probability
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,12 +16,25 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.drawing.figures import BLUE, DPI, FAINT, INK, ORANGE, new_figure, png, quiet, title
+from pipeline.drawing.figures import (
+    BLUE,
+    DPI,
+    FAINT,
+    GREEN,
+    INK,
+    ORANGE,
+    new_figure,
+    png,
+    quiet,
+    title,
+)
 from pipeline.evaluation.all_boxes import DetectionEvaluation
 from pipeline.evaluation.average_precision import MAX_BOXES, RecallGroup
+from pipeline.evaluation.calibration import Reliability
 from pipeline.evaluation.class_matching import ClassMatching
 from pipeline.evaluation.corloc import THRESHOLD
 from pipeline.evaluation.one_box import BASELINES, THRESHOLDS, Evaluation, Group, Interval, Score
+from pipeline.evaluation.scored_boxes import Ranking, ScoreQuality
 
 TITLES = {
     "full_image": "full image",
@@ -209,6 +222,8 @@ def print_detection_report(evaluation: DetectionEvaluation, console: Console) ->
         console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
     if evaluation.classes:
         _print_classes(evaluation.classes, console)
+    if evaluation.quality:
+        _print_quality(evaluation.quality, console)
     console.print()
 
 
@@ -242,6 +257,7 @@ def detection_json(evaluation: DetectionEvaluation) -> dict[str, Any]:
             "images_by_num_boxes": counts.groups,
         },
         "classes": evaluation.classes and _classes_json(evaluation.classes),
+        "score_quality": evaluation.quality and quality_json(evaluation.quality),
         "warnings": list(evaluation.warnings),
         "sha256": evaluation.hashes,
     }
@@ -317,6 +333,79 @@ def _print_classes(matching: ClassMatching, console: Console) -> None:
         console.print(f"  WARNING: {without} classes have no cluster left: they count as 0.")
 
 
+def ranking_text(ranking: Ranking) -> str:
+    """An AUROC with its interval, for people."""
+    if ranking.auroc is None:
+        return "n/a"
+    # Rich reads square brackets as markup.
+    span = "" if ranking.interval is None else " \\[{:.3f}, {:.3f}]".format(*ranking.interval)
+    return f"{ranking.auroc:.3f}{span}"
+
+
+def quality_json(quality: ScoreQuality) -> dict[str, Any]:
+    """Every number: precision in percent with three decimals, all else from 0 to 1 with four."""
+    bins = quality.reliability
+    return {
+        "num_boxes": quality.num_boxes,
+        "num_right": quality.num_right,
+        "lowest": quality.span[0],
+        "highest": quality.span[1],
+        "auroc": {name: _rounded(one.auroc) for name, one in quality.ranking.items()},
+        "auroc_interval": {
+            name: one.interval and [_rounded(end) for end in one.interval]
+            for name, one in quality.ranking.items()
+        },
+        "precision_at_coverage": {
+            f"{100 * share:g}": _percent(value) for share, value in quality.precision_at.items()
+        },
+        "ece": bins and _rounded(bins.error),
+        "brier": _rounded(quality.brier),
+    }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
+
+
+def _print_quality(quality: ScoreQuality, console: Console) -> None:
+    console.print(
+        f"\n[bold]AUROC of the scores {ranking_text(quality.ranking['scores'])}[/]",
+        highlight=False,
+        soft_wrap=True,
+    )
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("of the best boxes", overflow="fold")
+    for share in quality.precision_at:
+        table.add_column(f"{share:.0%}", justify="right", overflow="fold")
+    cells = [f"{100 * value:.1f}" for value in quality.precision_at.values()]
+    table.add_row("are right (%)", *cells)
+    console.print(table)
+    for line in _quality_remarks(quality):
+        console.print(f"  {line}", highlight=False, soft_wrap=True)
+
+
+def _quality_remarks(quality: ScoreQuality) -> Iterator[str]:
+    yield (
+        f"Right is an IoU >= 0.5 with some object: {quality.num_right:,} of "
+        f"{quality.num_boxes:,} boxes."
+    )
+    for name, one in quality.ranking.items():
+        if name != "scores":
+            yield f"AUROC of the column {name}: {ranking_text(one)}"
+    if quality.ranking["scores"].auroc is None:
+        yield (
+            "No AUROC: all boxes are right." if quality.num_right else "No AUROC: no box is right."
+        )
+    low, high = quality.span
+    if quality.reliability is None:
+        yield (f"No ECE: scores from {low:.3g} to {high:.3g} are no probabilities.")
+    else:
+        yield (
+            f"As probabilities: ECE {quality.reliability.error:.3f}, Brier score "
+            f"{quality.brier:.3f}."
+        )
+
+
 # Told apart by readers who see few colours, and by their dashes in print.
 _LOOKS = {0.5: (BLUE, "-", "ap50"), 0.75: (ORANGE, "--", "ap75")}
 
@@ -351,4 +440,33 @@ def precision_recall_png(evaluation: DetectionEvaluation, *, dpi: int = DPI) -> 
         f"{evaluation.precision.num_objects:,} objects, {evaluation.box_counts.total:,} boxes, "
         f"{len(evaluation.truths):,} images; {RULES[evaluation.options.difficult]}",
     )
+    return png(figure)
+
+
+def reliability_png(curves: Mapping[str, Reliability], what: str, *, dpi: int = DPI) -> bytes:
+    """The share of right boxes over what probabilities say, bin by bin, as the bytes of a PNG.
+
+    Args:
+        curves: by their names; at most three.
+        what: the title.
+        dpi: dots per inch.
+    """
+    figure = new_figure(6.4, 5.6, dpi=dpi)
+    above, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+    for axes in (above, below):
+        quiet(axes, "both", frame=True)
+    above.plot((0, 1), (0, 1), ":", color=FAINT, linewidth=1)
+    styles = zip((BLUE, ORANGE, GREEN), ("o-", "s--", "^:"), strict=True)
+    for (name, bins), (colour, look) in zip(curves.items(), styles, strict=False):
+        some_K = bins.count_K > 0
+        label = f"{name}: ECE {bins.error:.3f}"
+        above.plot(bins.mean_K[some_K], bins.rate_K[some_K], look, color=colour, label=label)
+        edges = np.linspace(0, 1, len(bins.count_K) + 1)
+        below.stairs(bins.count_K, edges, color=colour, linewidth=1.8)
+    above.legend(fontsize=9, frameon=False, labelcolor=INK)
+    above.set(xlim=(0, 1), ylim=(-0.02, 1.02))
+    above.set_ylabel("share of boxes that are right", color=FAINT, fontsize=9)
+    below.set_xlabel("probability that the score says", color=FAINT, fontsize=9)
+    below.set_ylabel("boxes", color=FAINT, fontsize=9)
+    title(above, what)
     return png(figure)

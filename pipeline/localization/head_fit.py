@@ -24,6 +24,7 @@ from pipeline.localization.affinity import compare
 from pipeline.localization.components import tight_boxes
 from pipeline.localization.head import Head
 from pipeline.localization.objects import largest_object
+from pipeline.localization.ranking import area_under_curve
 
 Vector = NDArray[np.float64]
 
@@ -273,19 +274,6 @@ def _auc_across_halves(sample: Sample, halves: tuple[_Sums, _Sums]) -> float:
     ]
     # Without both sides in a half nothing is foretold.
     return float(np.mean(np.nan_to_num(aucs, nan=0.5)))
-
-
-def area_under_curve(values_N: Vector, hit_N: NDArray[np.bool_]) -> float:
-    """How often a hit has a higher value than a miss, equal ones counting half; NaN without both.
-
-    Mann and Whitney's U over the number of pairs.
-    """
-    _, group_N, sizes_G = np.unique(values_N, return_inverse=True, return_counts=True)
-    rank_N = (np.cumsum(sizes_G) - (sizes_G - 1) / 2)[group_N]
-    hits, misses = int(hit_N.sum()), int((~hit_N).sum())
-    if not hits or not misses:
-        return float("nan")
-    return float((rank_N[hit_N].sum() - hits * (hits + 1) / 2) / (hits * misses))
 
 
 def _boxes_and_borders(sample: Sample, head: Head) -> tuple[float, float]:

@@ -12,7 +12,7 @@ from PIL import Image
 from tests.conftest import ROOT
 from tests.jobs.conftest import help_without_libraries, run_script
 from tests.jobs.here import run_here
-from tests.tables import Row, label_row, write_table
+from tests.tables import Row, label_row, leave_out_later_columns, write_table
 
 JOB = ROOT / "jobs" / "evaluate_boxes.py"
 
@@ -295,10 +295,11 @@ def test_files_hold_the_numbers_the_curve_the_failures_and_the_boxes(photos: Pat
     assert sorted(path.name for path in out.iterdir()) == [
         "evaluation.json",
         "precision_recall.png",
+        "reliability.png",
         "worst_cases.png",
     ]
     assert json.loads((out / "evaluation.json").read_text()) == found
-    for name in ("precision_recall.png", "worst_cases.png"):
+    for name in ("precision_recall.png", "reliability.png", "worst_cases.png"):
         with Image.open(out / name) as picture:
             picture.load()
     assert found["evaluated_with"]["pycocotools"]
@@ -329,6 +330,76 @@ def test_one_kind_of_label_is_matched_only_when_asked(labels: Path, truth: Path)
     assert numbers(run(*args))["detection"]["classes"] is None
     result = run(*args, "--class-aware")
     assert_one_line(result, 3, "--class-aware: objects of 3 images have no class")
+
+
+# ---- what scores are worth
+
+
+def test_scores_are_measured_by_hand_made_numbers(photos: Path) -> None:
+    # Right: 0.9, 0.8, 0.9; wrong: 0.7, 0.8, 0.9. Of nine pairs 2 + 1 + 2 are in order, and
+    # 1 + 1 + 1 equal.
+    args = ("--labels", photos / "table", "--ground-truth", photos / "gt.json")
+    result = run(*args)
+    quality = numbers(result)["detection"]["score_quality"]
+    assert (quality["num_boxes"], quality["num_right"]) == (6, 3)
+    assert quality["auroc"] == {"scores": pytest.approx(6.5 / 9, abs=1e-4)}
+    # Bins 0.7, 0.8 and 0.9, as Parquet's float32 is just below or above: 0 of 1, 1 of 2, 2 of 3.
+    assert quality["ece"] == pytest.approx((0.7 + 2 * 0.3 + 3 * (0.9 - 2 / 3)) / 6, abs=1e-4)
+    assert quality["brier"] == pytest.approx(
+        (0.1**2 + 0.1**2 + 0.9**2 + 0.2**2 + 0.8**2 + 0.7**2) / 6, abs=1e-4
+    )
+    # The best box is one of three of 0.9, of which two are right.
+    assert quality["precision_at_coverage"]["10"] == 66.667
+    assert quality["precision_at_coverage"]["100"] == 50
+    assert "AUROC of the scores 0.722 [" in result.stdout
+    assert "As probabilities: ECE 0.3" in result.stdout
+
+
+def test_what_scores_rest_on_is_ranked_too_and_other_scores_are_no_probabilities(
+    tmp_path: Path, truth: Path
+) -> None:
+    hit, miss = [0.0, 0.0, 100.0, 80.0], [90.0, 90.0, 91.0, 91.0]
+    told = {"contrast": [0.3, 0.2], "agreement": [0.5, 0.5]}
+    folder = write_table(
+        tmp_path / "table",
+        [
+            row("1.jpg", boxes=[hit, miss], scores=[7.0, 8.0], **told),
+            row("2.jpg", boxes=[miss], scores=[2.0], contrast=[0.1], agreement=None),
+        ],
+    )
+    result = run("--labels", folder, "--ground-truth", truth, "--output", tmp_path / "out")
+    quality = numbers(result)["detection"]["score_quality"]
+    # Agreement is not known of every box.
+    assert quality["auroc"] == {"scores": 0.5, "contrast": 1.0}
+    assert quality["ece"] is None
+    assert "AUROC of the column contrast: 1.000 [" in result.stdout
+    assert "No ECE: scores from 2 to 8 are no probabilities" in result.stdout
+    assert not (tmp_path / "out" / "reliability.png").exists()
+    equal = numbers(run("--labels", folder, "--ground-truth", truth, "--scores", "equal"))
+    assert equal["detection"]["score_quality"] is None
+
+
+def test_where_all_boxes_are_right_nothing_is_told_apart(tmp_path: Path, truth: Path) -> None:
+    folder = write_table(tmp_path / "t", [row("1.jpg", boxes=[[0.0, 0, 100, 80]], scores=[0.4])])
+    result = run("--labels", folder, "--ground-truth", truth)
+    quality = numbers(result)["detection"]["score_quality"]
+    assert (quality["auroc"], quality["auroc_interval"]) == ({"scores": None}, {"scores": None})
+    assert quality["ece"] == 0.6
+    assert "No AUROC: all boxes are right." in result.stdout
+
+
+def test_a_table_older_than_the_columns_of_evidence_is_measured(
+    tmp_path: Path, truth: Path
+) -> None:
+    folder = write_table(tmp_path / "old", [row("1.jpg", scores=[0.5]), row("2.jpg", scores=[0.4])])
+    leave_out_later_columns(tmp_path / "old")
+    assert numbers(run("--labels", folder, "--ground-truth", truth))["num_images"] == 3
+
+
+def test_impossible_evidence_is_a_data_error(tmp_path: Path, truth: Path) -> None:
+    folder = write_table(tmp_path / "t", [row("1.jpg", contrast=[float("nan")])])
+    result = run("--labels", folder, "--ground-truth", truth)
+    assert_one_line(result, 3, "the contrast of /photos/1.jpg must be finite, got [nan]")
 
 
 def test_output_among_the_labels_is_refused(photos: Path) -> None:

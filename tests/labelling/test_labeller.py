@@ -253,7 +253,8 @@ def test_real_photos_get_the_same_boxes_alone_and_in_company(
 
 
 def true_mask(width: int, height: int, box: tuple[int, int, int, int]) -> NDArray[np.bool_]:
-    return dark_square(width, height, box)[..., 0] == 0
+    inside_HW: NDArray[np.bool_] = dark_square(width, height, box)[..., 0] == 0
+    return inside_HW
 
 
 @pytest.mark.parametrize("rule", ["solost", "lost", "ncut"])

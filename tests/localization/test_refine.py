@@ -121,7 +121,7 @@ def test_whatever_the_mask_it_stays_one_part_within_a_patch_of_it(
     noise = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
     coarse_hw = squares(mask_HW, 8, size)
     fine_hw = refine_mask(mask_HW, noise, 8)
-    near_HW = ndimage.binary_dilation(mask_HW, np.ones((3, 3)))
+    near_HW = ndimage.binary_dilation(mask_HW, np.ones((3, 3), dtype=bool))
     assert not (fine_hw & ~squares(near_HW, 8, size)).any()
     assert fine_hw.any() == coarse_hw.any()
     if fine_hw.any() and not np.array_equal(fine_hw, coarse_hw):
