@@ -2,8 +2,9 @@
 
     python jobs/draw_boxes.py --labels labels/ --output pictures/ --num-images 50
 
-One picture per image: box and seed, degree map, similarity to the seed, LOST beside SoLOST; and
-contact_sheet.png. Where the table's weights cannot be had: boxes and seeds only.
+One picture per image: box, seed and mask as in the table; its maps (degree and similarity to the
+seed; of a cut or a head the map of objects); its rule beside another; and contact_sheet.png. Where
+the table's weights cannot be had: boxes, seeds and masks only.
 """
 
 from pipeline.command_line import run_job

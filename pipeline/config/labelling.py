@@ -320,7 +320,7 @@ class EvaluateJob(Settings):
 
 
 class DrawJob(TrackedSettings):
-    """Draw boxes, seeds, degree and similarity maps on the images of a pseudo-label table."""
+    """Draw boxes, masks, seeds and what they came of on the images of a pseudo-label table."""
 
     labels: str
     """Pseudo-label table (folder)."""

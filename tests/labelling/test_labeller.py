@@ -253,8 +253,7 @@ def test_real_photos_get_the_same_boxes_alone_and_in_company(
 
 
 def true_mask(width: int, height: int, box: tuple[int, int, int, int]) -> NDArray[np.bool_]:
-    inside_HW: NDArray[np.bool_] = dark_square(width, height, box)[..., 0] == 0
-    return inside_HW
+    return np.asarray(dark_square(width, height, box)[..., 0] == 0)
 
 
 @pytest.mark.parametrize("rule", ["solost", "lost", "ncut"])
