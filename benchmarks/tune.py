@@ -28,7 +28,7 @@ from pipeline.data.lake import Collection
 from pipeline.data.pixels import load_pixels
 from pipeline.labelling.labeller import ForwardPass, PseudoBoxLabeller
 from pipeline.labelling.rows import Provenance
-from pipeline.models.backbones import build_backbone, load_weights
+from pipeline.models.backbones import build_backbone, load_weights, with_recipe
 from pipeline.scenes.scenes import write_collection
 from pipeline.storage import Location
 from pipeline.tracking.tracker import NoTracker
@@ -144,7 +144,7 @@ def labeller_of(job: LabelJob, num_images: int) -> Callable[[], object]:
     """What a trial would do without a cache: read, decode, forward, find boxes."""
     weights = load_weights(job.backbone.name, job.backbone.checkpoint)
     network = build_backbone(job.backbone.name, weights)
-    forward = ForwardPass(job.backbone.normalize)
+    forward = ForwardPass(with_recipe(job.backbone).normalize)
     labeller = PseudoBoxLabeller(network, job.localization, Provenance("", "", ""), forward=forward)
     inputs = pa.concat_tables(list(Collection(job.images).chunks())).slice(0, num_images)
     size = job.compute.block_size

@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 from pipeline.cluster.bulk_job import Work, run_bulk_job, spread_of
 from pipeline.config import FitHeadJob, LabelJob
+from pipeline.config.labelling import ResolvedBackbone
 from pipeline.data.lake import Collection
 from pipeline.data.places import with_absolute_places
 from pipeline.labelling.head_run import NoHeadFits, run_head_fit
@@ -13,9 +14,8 @@ from pipeline.labelling.run import HEAD_FOLDER, require_free
 from pipeline.labelling.saved_head import HeadRecord, read_head, require_same_features
 from pipeline.lease import Lease
 from pipeline.localization.head import Head
-from pipeline.models.backbones import build_backbone, load_weights
+from pipeline.models.backbones import build_backbone, load_weights, with_recipe
 from pipeline.models.checkpoints import Weights
-from pipeline.models.exported_backbone import network_of_checkpoint
 from pipeline.models.published_weights import published_normalization
 from pipeline.storage import Location
 from pipeline.tracking.tracker import OFF
@@ -48,13 +48,12 @@ def with_weights(job: _Job) -> tuple[_Job, Weights]:
         PatchseedError: of the kind that errors.py lists.
     """
     logging.basicConfig(level=logging.INFO if job.debug else logging.WARNING, format="%(message)s")
-    job = _with_backbone_of_checkpoint(with_absolute_places(job))
-    weights = load_weights(job.backbone.name, job.backbone.checkpoint)
-    build_backbone(
-        job.backbone.name, weights, feature=job.backbone.feature, block=job.backbone.block
-    )
-    _warn_of_normalization(job)
-    return job, weights
+    job = with_absolute_places(job)
+    backbone = with_recipe(job.backbone)
+    weights = load_weights(backbone.name, backbone.checkpoint)
+    build_backbone(backbone.name, weights, feature=backbone.feature, block=backbone.block)
+    _warn_of_normalization(backbone)
+    return job.model_copy(update={"backbone": backbone}), weights
 
 
 def _work(
@@ -128,22 +127,13 @@ def _forget_head(output: Location) -> None:
         output.child(HEAD_FOLDER).delete()
 
 
-def _warn_of_normalization(job: LabelJob | FitHeadJob) -> None:
+def _warn_of_normalization(backbone: ResolvedBackbone) -> None:
     """Tell who gives the network other inputs than it was trained on; weights of one's own may."""
-    name, chosen = job.backbone.name, job.backbone.normalize
-    trained = published_normalization(name)
-    if trained not in (None, chosen):
+    trained = published_normalization(backbone.name)
+    if trained not in (None, backbone.normalize):
         _LOG.warning(
             "the published %s was trained with --backbone.normalize %s, not %s",
-            name,
+            backbone.name,
             trained,
-            chosen,
+            backbone.normalize,
         )
-
-
-def _with_backbone_of_checkpoint(job: _Job) -> _Job:
-    """The job with the network that the file of weights says it belongs to, where it does."""
-    backbone = job.backbone
-    default = type(backbone).model_fields["name"].default
-    name = network_of_checkpoint(backbone.name, backbone.checkpoint, default=default)
-    return job.model_copy(update={"backbone": backbone.model_copy(update={"name": name})})

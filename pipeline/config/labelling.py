@@ -35,15 +35,25 @@ class BackboneConfig(Settings):
     checkpoint: str | None = None
     """Local .safetensors or .pth with the weights; without it they come from the hub by name."""
 
+    feature: Feature | None = None
+    """ViT only: the projection that is the patch feature. None is what suits the network: the key
+    for DINO's, the value for supervised ones."""
+
+    block: int | None = None
+    """ViT only: which block, from 0; negative counts from the last. None is what suits the network:
+    the last for DINO's, a middle one for supervised ones."""
+
+    normalize: Normalization | None = None
+    """Input normalisation: ImageNet's mean and deviation, or 0.5 and 0.5 (timm's augreg ViTs). None
+    is what the published weights were trained with."""
+
+
+class ResolvedBackbone(BackboneConfig):
+    """A backbone with what its name stands for (models/backbones.py: with_recipe)."""
+
     feature: Feature = "key"
-    """ViT only: the projection that is the patch feature. DINO: key of the last block; supervised
-    nets: value of a middle one."""
-
     block: int = -1
-    """ViT only: which block, from 0; negative counts from the last."""
-
     normalize: Normalization = "imagenet"
-    """Input normalisation: ImageNet's mean and deviation, or 0.5 and 0.5 (timm's augreg ViTs)."""
 
 
 class LocalizationConfig(Settings):

@@ -35,7 +35,7 @@ from pipeline.localization.affinity import compare, similarity_to
 from pipeline.localization.head import Head
 from pipeline.localization.localize import Localization, localize
 from pipeline.localization.seed_expansion import OWN_SIMILARITY
-from pipeline.models.backbones import build_backbone, load_weights
+from pipeline.models.backbones import build_backbone, load_weights, with_recipe
 from pipeline.models.features import FeatureExtractor, PatchFeatures
 from pipeline.storage import Location
 
@@ -105,6 +105,7 @@ def load_map_drawer(labels: Location, manifest: Manifest, checkpoint: str | None
     named = (manifest.job.get("backbone") or {}).get("checkpoint")
     weights = load_weights(backbone.name, checkpoint or named)
     _require_same(weights.source, weights.sha256, manifest.weights_sha256)
+    backbone = with_recipe(backbone)
     network = build_backbone(backbone.name, weights, feature=backbone.feature, block=backbone.block)
     forward = ForwardPass(backbone.normalize, manifest.config.get("precision", "fp32"))
     head = _head(labels, manifest) if localization.rule == "head" else None

@@ -182,9 +182,9 @@ class PseudoBoxes:
     def __call__(self, provenance: Provenance, device: str) -> PseudoBoxLabeller:
         """The labeller, its network on ``device`` (``cpu``, ``cuda``)."""
         # Late: it loads timm, which a labeller of another's network has no need of.
-        from pipeline.models.backbones import build_backbone
+        from pipeline.models.backbones import build_backbone, with_recipe
 
-        chosen = self.backbone
+        chosen = with_recipe(self.backbone)
         network = build_backbone(
             chosen.name, self.weights, feature=chosen.feature, block=chosen.block
         )

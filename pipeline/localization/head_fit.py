@@ -3,8 +3,8 @@
 The errors of cuts differ from image to image; one direction of the feature space, shared by all
 images, averages them out. The first fit is ridge regression of "is this patch on the object's side
 of its image's cut?" on the patch, in closed form. Each further one is of what the head itself says,
-with its threshold where the first fit's share of patches lies above: with a fixed threshold it
-collapses (docs/log.md).
+with its threshold where a fixed share of patches lies above, the first fit's: with a fixed
+threshold it collapses (docs/log.md).
 
 All it needs of images are sums, which add up, so it does not matter who computed which. A head can
 ruin boxes where most cuts are wrong; ``why_not`` tells, without labels.
@@ -31,6 +31,10 @@ Vector = NDArray[np.float64]
 ROUNDS = 6
 RIDGE = 0.1
 """Of a channel's mean variance."""
+
+TIMID = 0.75
+"""Where features tell little of the cuts the regression hardly exceeds one half. A share of patches
+so much smaller than the cuts' own is none to go by, and theirs is taken (docs/log.md)."""
 
 # A head outside of these limits is refused (docs/log.md: heads that helped, heads that ruined).
 MIN_IMAGES = 25
@@ -100,6 +104,8 @@ def fit_head(sample: Sample, *, num_rounds: int = ROUNDS) -> Fit:
     weight_D, bias = whole.solve(covariance_DD)
     values_N = _values(sample, weight_D, bias)
     share = float(np.mean(values_N > 0.5))
+    if share < TIMID * whole.y / whole.num:
+        share = whole.y / whole.num
     if not 0 < share < 1:
         raise ValueError(f"it puts {share:.0%} of all patches on objects")
     rounds = [Head(weight_D, bias, _upper_quantile(values_N, share), share)]

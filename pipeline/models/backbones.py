@@ -17,11 +17,12 @@ from typing import Any, Unpack
 
 import timm
 import torch
-from timm.layers import Attention, PatchEmbed
+from timm.layers import Attention, PatchEmbed, RotaryEmbeddingDinoV3
 from timm.models import group_parameters, vision_transformer
+from timm.models.eva import Eva, EvaBlock
 from torch import Tensor, nn
 
-from pipeline.config.labelling import Feature
+from pipeline.config.labelling import BackboneConfig, Feature, ResolvedBackbone
 from pipeline.errors import ConfigError
 from pipeline.models.checkpoints import (
     Weights,
@@ -31,7 +32,8 @@ from pipeline.models.checkpoints import (
     read_state_dict,
 )
 from pipeline.models.classifier_weights import fit_classifier, timm_weights
-from pipeline.models.dino_vit import ClassTokens, ViTFeatures
+from pipeline.models.dino_vit import ClassTokens, RotaryViTFeatures, ViTFeatures
+from pipeline.models.exported_backbone import name_beside, network_of_checkpoint
 from pipeline.models.feature_maps import (
     STRIDES,
     ConvFeatures,
@@ -55,8 +57,10 @@ from pipeline.models.model_options import (
 )
 from pipeline.models.published_weights import (
     CNNS,
+    SUITED,
     architecture,
     fetch,
+    published_normalization,
     require_backbone,
     require_classifier,
     require_timm,
@@ -82,6 +86,33 @@ def load_weights(name: str, checkpoint: str | None) -> Weights:
     _require_supported(name)
     path = Path(checkpoint).expanduser() if checkpoint else fetch(name)
     return Weights(read_state_dict(path), file_sha256(path), source=str(path))
+
+
+def with_recipe(backbone: BackboneConfig) -> ResolvedBackbone:
+    """The network that the weights are of, with what suits it where the user left it open.
+
+    Networks trained by DINO give the keys of their last block, as LOST takes them; those trained
+    otherwise the values of a middle one, because their keys box the whole image (docs/log.md).
+
+    Raises:
+        ConfigError: the name is unknown, or another than the file of weights says.
+        WeightsError: the file beside the weights speaks of others.
+    """
+    if isinstance(backbone, ResolvedBackbone):
+        return backbone
+    default = type(backbone).model_fields["name"].default
+    name = network_of_checkpoint(backbone.name, backbone.checkpoint, default=default)
+    base = name.partition(".")[0]
+    # Files with a description of ours beside them are of jobs/pretrain_dino.py.
+    described = backbone.checkpoint is not None and name_beside(Path(backbone.checkpoint))
+    feature, block = SUITED.get(base, ("key", -1))
+    if base not in SUITED and name not in CNNS and "dino" not in name and not described:
+        vit: Any = _require_supported(name)
+        feature, block = "value", len(vit.blocks) // 2 - 1
+    told = backbone.model_dump(exclude_none=True)
+    suits = {"feature": feature, "block": block, "normalize": published_normalization(name)}
+    known = {key: value for key, value in suits.items() if value is not None}
+    return ResolvedBackbone(**{**known, **told, "name": name})
 
 
 def build_backbone(
@@ -112,7 +143,11 @@ def build_backbone(
             )
         extractor = ConvFeatures(_cnn(name, weights))
     else:
-        extractor = ViTFeatures(_vit(name, weights), feature=feature, block=block)
+        vit = _vit(name, weights)
+        kind = RotaryViTFeatures if isinstance(vit, Eva) else ViTFeatures
+        # DINOv2 and DINOv3 keep notes of the whole image in patches that show nothing.
+        mended = "dinov2" in name or "dinov3" in name
+        extractor = kind(vit, feature=feature, block=block, mend_artefacts=mended)
     return extractor.eval().requires_grad_(False)
 
 
@@ -314,10 +349,16 @@ def _cnn(name: str, weights: Weights | None) -> nn.Module:
 
 
 def _vit(name: str, weights: Weights | None) -> nn.Module:
-    """The plain ViT of that name, with the weights."""
+    """The ViT of that name, with the weights."""
     if weights is None:
         return build_vit(name)
-    return _fill(_require_supported(name), weights)
+    skeleton = _require_supported(name)
+    if isinstance(skeleton, Eva):
+        # Its rotations are buffers, which no file has.
+        vit = _create_vit(name)
+        fit_state_dict(vit, weights.state_dict, weights.source)
+        return vit
+    return _fill(skeleton, weights)
 
 
 def build_vit(name: str, *, drop_path: float = 0.0, weights: Weights | None = None) -> nn.Module:
@@ -381,12 +422,24 @@ def _require_supported(name: str) -> nn.Module:
     require_backbone(name)
     with torch.device("meta"):
         network = _create_vit(name)
-    if name not in CNNS and not _is_plain_vit(network):
+    if name not in CNNS and not _is_plain_vit(network) and not _is_dinov3(network):
         raise ConfigError(
-            f"backbone.name must be a plain timm ViT (learned absolute positions, fused qkv) or "
-            f"one of {', '.join(CNNS)}; {name} is a {type(network).__name__} with other parts"
+            f"backbone.name must be a plain timm ViT (learned absolute positions, fused qkv), a "
+            f"DINOv3 ViT, or one of {', '.join(CNNS)}; {name} is a {type(network).__name__} with "
+            "other parts"
         )
     return network
+
+
+def _is_dinov3(network: Any) -> bool:
+    """Whether all parts are those of timm's DINOv3 ViTs: rotations instead of positions."""
+    return (
+        isinstance(network, Eva)
+        and isinstance(network.rope, RotaryEmbeddingDinoV3)
+        and network.pos_embed is None
+        and all(type(block) is EvaBlock for block in network.blocks)
+        and all(isinstance(block.attn.qkv, nn.Linear) for block in network.blocks)
+    )
 
 
 def _is_plain_vit(network: Any) -> bool:

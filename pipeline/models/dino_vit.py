@@ -39,7 +39,14 @@ _MAX_CACHED_GRIDS = 8
 class ViTFeatures(FeatureExtractor):
     """The ``feature`` projection of block ``block`` for every patch, prefix tokens dropped."""
 
-    def __init__(self, vit: nn.Module, *, feature: Feature = "key", block: int = -1) -> None:
+    def __init__(
+        self,
+        vit: nn.Module,
+        *,
+        feature: Feature = "key",
+        block: int = -1,
+        mend_artefacts: bool = False,
+    ) -> None:
         """Take over the parts of ``vit`` that the feature needs (shared, not copied).
 
         Raises:
@@ -47,7 +54,8 @@ class ViTFeatures(FeatureExtractor):
         """
         super().__init__()
         parts: Any = vit
-        require_plain_vit(parts)
+        self._require(parts)
+        self.mend_artefacts = mend_artefacts
         blocks = list(parts.blocks)
         if not -len(blocks) <= block < len(blocks):
             raise ConfigError(
@@ -60,13 +68,14 @@ class ViTFeatures(FeatureExtractor):
         self.norm_pre = getattr(parts, "norm_pre", nn.Identity())
         self.blocks = nn.Sequential(*blocks[: block % len(blocks)])
         self.norm1 = blocks[block].norm1
-        self.feature = _third_of(blocks[block].attn.qkv, THIRDS[feature])
+        self.feature = _third_of(blocks[block].attn, THIRDS[feature])
 
         prefix = _prefix_tokens(parts)
         self.num_prefix = 0 if prefix is None else int(prefix.shape[1])
         self._num_prefix_positions = _num_prefix_positions(parts)
         self.register_buffer("prefix_1PD", prefix)
-        self.register_buffer("pos_embed_1ND", parts.pos_embed.detach())
+        positions = parts.pos_embed
+        self.register_buffer("pos_embed_1ND", None if positions is None else positions.detach())
         self._cache: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
 
     def forward(self, images_B3HW: Tensor) -> PatchFeatures:
@@ -74,10 +83,25 @@ class ViTFeatures(FeatureExtractor):
         rows, columns = self.patch_grid(images_B3HW)
         tokens_BND = self.projection(images_B3HW).flatten(2).transpose(1, 2)
         tokens_BND = self._add_positions(self.patch_norm(tokens_BND), (rows, columns))
-        tokens_BND = self.blocks(self.norm_pre(tokens_BND))
-        feature_BND = self.feature(self.norm1(tokens_BND[:, self.num_prefix :]))
-        tokens_BHWD = feature_BND.float().reshape(len(feature_BND), rows, columns, -1)
-        return PatchFeatures(tokens_BHWD, stride=self.patch_size)
+        tokens_BND = self._through_blocks(self.norm_pre(tokens_BND), (rows, columns))
+        patches_BND = tokens_BND[:, self.num_prefix :]
+        patches_BHWD = patches_BND.reshape(len(patches_BND), rows, columns, -1)
+        return PatchFeatures(self.of_patches(patches_BHWD), stride=self.patch_size)
+
+    def of_patches(self, patches_BHWD: Tensor) -> Tensor:
+        """``(B, H, W, D)`` features in float32 of what enters the block."""
+        if self.mend_artefacts:
+            patches_BHWD = without_artefacts(patches_BHWD)
+        feature_BHWD: Tensor = self.feature(self.norm1(patches_BHWD))
+        return feature_BHWD.float()
+
+    def _require(self, vit: Any) -> None:
+        require_plain_vit(vit)
+
+    def _through_blocks(self, tokens_BND: Tensor, grid: tuple[int, int]) -> Tensor:
+        """``grid`` is for networks that know positions within their blocks."""
+        found_BND: Tensor = self.blocks(tokens_BND)
+        return found_BND
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """``(1, N, D)`` positional embedding at ``grid`` (rows, columns); the last few are kept."""
@@ -109,6 +133,71 @@ class ViTFeatures(FeatureExtractor):
         self._cache.clear()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+
+class RotaryViTFeatures(ViTFeatures):
+    """The same of timm's DINOv3 ViTs, whose attention turns queries and keys by where they are.
+
+    The feature is taken before it is turned, as all others are: where a patch lies is no part of
+    what it shows.
+    """
+
+    def __init__(
+        self,
+        vit: nn.Module,
+        *,
+        feature: Feature = "key",
+        block: int = -1,
+        mend_artefacts: bool = False,
+    ) -> None:
+        super().__init__(vit, feature=feature, block=block, mend_artefacts=mend_artefacts)
+        self.rotations: Any = vit.rope
+
+    def _require(self, vit: Any) -> None:
+        if getattr(vit, "rope", None) is None or vit.pos_embed is not None:
+            raise ConfigError(f"backbone {type(vit).__name__} has no rotary positions alone")
+
+    def _add_positions(self, patches_BND: Tensor, grid: tuple[int, int]) -> Tensor:
+        prefix: Any = self.prefix_1PD
+        return torch.cat([prefix.expand(len(patches_BND), -1, -1), patches_BND], dim=1)
+
+    def _through_blocks(self, tokens_BND: Tensor, grid: tuple[int, int]) -> Tensor:
+        rotation = self.rotations.get_embed(shape=grid)
+        for block in self.blocks:
+            tokens_BND = block(tokens_BND, rope=rotation)
+        return tokens_BND
+
+
+HIGH_NORM = 3.0
+"""Of an artefact, by the middle norm of its image's patches; theirs are about ten times as long
+(Darcet et al., "Vision Transformers Need Registers", ICLR 2024, section 2)."""
+
+
+def without_artefacts(patches_BHWD: Tensor) -> Tensor:
+    """Patches with those of abnormally high norm replaced by the mean of their normal neighbours.
+
+    The eight around a patch are its neighbours. Where none of them is normal it is the mean of all
+    normal patches of the image.
+    """
+    norm_BHW = patches_BHWD.float().norm(dim=-1)
+    middle_B = norm_BHW.flatten(1).median(dim=1).values
+    normal_BHW = norm_BHW <= HIGH_NORM * middle_B[:, None, None]
+    if bool(normal_BHW.all()):
+        return patches_BHWD
+    weight_B1HW = normal_BHW[:, None].to(patches_BHWD.dtype)
+    kept_BDHW = patches_BHWD.permute(0, 3, 1, 2).where(normal_BHW[:, None], 0.0)
+
+    def around(values_BCHW: Tensor) -> Tensor:
+        """Sums over windows of three by three."""
+        return 9 * functional.avg_pool2d(values_BCHW, 3, stride=1, padding=1)
+
+    count_B1HW = around(weight_B1HW)
+    mean_BDHW = around(kept_BDHW) / count_B1HW.clamp(min=1)
+    whole_BD11 = kept_BDHW.sum(dim=(2, 3), keepdim=True) / weight_B1HW.sum(
+        dim=(2, 3), keepdim=True
+    ).clamp(min=1)
+    mended_BDHW = torch.where(count_B1HW > 0.5, mean_BDHW, whole_BD11)
+    return torch.where(normal_BHW[..., None], patches_BHWD, mended_BDHW.permute(0, 2, 3, 1))
 
 
 def interpolate_positions(
@@ -201,14 +290,20 @@ def _num_prefix_positions(vit: Any) -> int:
     return int(prefix.shape[1])
 
 
-def _third_of(qkv: nn.Linear, index: int) -> nn.Linear:
+def _third_of(attention: Any, index: int) -> nn.Linear:
     """The Linear that gives one of query, key and value; a copy, so that the others are freed."""
+    qkv: nn.Linear = attention.qkv
     width = qkv.out_features // 3
     rows = slice(index * width, (index + 1) * width)
-    third = nn.Linear(qkv.in_features, width, bias=qkv.bias is not None, device="meta")
+    bias = None if qkv.bias is None else qkv.bias.detach()[rows]
+    # DINOv3 with biases has them apart.
+    apart = getattr(attention, ("q_bias", "k_bias", "v_bias")[index], None)
+    if apart is not None:
+        bias = apart.detach()
+    third = nn.Linear(qkv.in_features, width, bias=bias is not None, device="meta")
     third.weight = nn.Parameter(qkv.weight.detach()[rows].clone())
-    if qkv.bias is not None:
-        third.bias = nn.Parameter(qkv.bias.detach()[rows].clone())
+    if bias is not None:
+        third.bias = nn.Parameter(bias.clone())
     return third
 
 

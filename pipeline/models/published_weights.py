@@ -12,6 +12,7 @@ from typing import Any
 import timm
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
 
+from pipeline.config.labelling import Feature
 from pipeline.errors import ConfigError, WeightsError
 from pipeline.models.features import NORMALIZATIONS
 from pipeline.models.hub import fetch_from_hub, fetch_url
@@ -29,6 +30,9 @@ OWN_VITS: dict[str, tuple[str, dict[str, Any]]] = {
 _SHIPPED = {
     "vit_nano_patch8.dino": Path(__file__).parent / "weights/vit_nano_patch8/teacher.safetensors"
 }
+
+SUITED: dict[str, tuple[Feature, int]] = {"vit_nano_patch8": ("value", 3)}
+"""Feature and block of networks that no rule of ``backbones.with_recipe`` serves (model card)."""
 
 # Weights of the LOST and DINO papers that timm has no tag for: timm's architecture, and the file.
 # (timm's own vit_small_patch8_224.dino is a longer training than the 300 epochs LOST used.)

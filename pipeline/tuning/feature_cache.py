@@ -99,12 +99,13 @@ class ManyFeatures:
             if one is deepest:
                 found[source] = last_BHWD
             elif self._depths[source] == len(deepest.blocks):
-                # What enters the norm has lost its prefix tokens already.
+                # What enters the norm has lost its prefix tokens and artefacts already.
                 found[source] = one.feature(one.norm1(entering[-1])).float()
             else:
                 patches_BND = entering[self._depths[source]][:, one.num_prefix :]
-                found[source] = one.feature(one.norm1(patches_BND)).float()
-        return {source: one.reshape(*last_BHWD.shape[:3], -1) for source, one in found.items()}
+                grid = (*last_BHWD.shape[:3], -1)
+                found[source] = one.of_patches(patches_BND.reshape(grid))
+        return found
 
 
 def _depth(extractor: FeatureExtractor) -> int:

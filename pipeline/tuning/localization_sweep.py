@@ -8,7 +8,7 @@ Shape letters:  N images   B images of a batch
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,9 +30,8 @@ from pipeline.labelling.rows import Provenance, decoded_images
 from pipeline.localization.head import Head
 from pipeline.localization.head_fit import CutImages, fit_head, why_not
 from pipeline.localization.localize import localize
-from pipeline.models.backbones import load_weights
+from pipeline.models.backbones import load_weights, with_recipe
 from pipeline.models.checkpoints import Weights
-from pipeline.models.exported_backbone import network_of_checkpoint
 from pipeline.models.features import NORMALIZATIONS, in_precision, normalize_and_pad, padded_size
 from pipeline.storage import Location
 from pipeline.tuning.feature_cache import (
@@ -63,11 +62,12 @@ class Wanted:
 
 def sources_of(space: Space, job: LabelJob) -> tuple[Source, ...]:
     """Every feature of every block that a trial may ask for."""
+    backbone = with_recipe(job.backbone)
     features, blocks = (
         knob.values if isinstance(knob := space.knobs.get(name), Choice) else (base,)
         for name, base in (
-            ("backbone.feature", job.backbone.feature),
-            ("backbone.block", job.backbone.block),
+            ("backbone.feature", backbone.feature),
+            ("backbone.block", backbone.block),
         )
     )
     return tuple((feature, int(block)) for feature in features for block in blocks)
@@ -81,19 +81,16 @@ def fill(cache: FeatureCache, wanted: Wanted, tell: Tell) -> None:
         StorageError: the disk has no room.
         ConfigError, WeightsError: the network is not to be had.
     """
-    job = wanted.job
-    name = network_of_checkpoint(
-        job.backbone.name,
-        job.backbone.checkpoint,
-        default=type(job.backbone).model_fields["name"].default,
-    )
-    weights = load_weights(name, job.backbone.checkpoint)
+    backbone = with_recipe(wanted.job.backbone)
+    job = wanted.job.model_copy(update={"backbone": backbone})
+    wanted = replace(wanted, job=job)
+    weights = load_weights(backbone.name, backbone.checkpoint)
     chosen, truths, num_missing = _annotated(job.images, wanted.ground_truth, wanted.num_images)
     key = _key(wanted, weights, chosen["uri"].to_pylist())
     if cache.holds(key, wanted.sources):
         tell(f"features are in {cache.folder}")
         return
-    many = ManyFeatures(name, weights, wanted.sources)
+    many = ManyFeatures(backbone.name, weights, wanted.sources)
     blocks = [
         chosen.slice(start, job.compute.block_size)
         for start in range(0, chosen.num_rows, job.compute.block_size)
@@ -128,7 +125,8 @@ def measured(folder: Location, job: LabelJob) -> dict[str, float]:
     cache = FeatureCache(folder)
     sample = cache.sample()
     boxes_N4 = np.zeros((len(sample.objects), 4))
-    source = (job.backbone.feature, job.backbone.block)
+    backbone = with_recipe(job.backbone)
+    source = (backbone.feature, backbone.block)
     head = _head(cache, source, job.localization)
     knobs = job.localization.arguments()
     if head is None and job.localization.rule == "head":
@@ -243,7 +241,7 @@ def _forward(
         forward=ForwardPass(batch_size=job.compute.batch_size),
         device=wanted.device,
     )
-    mean, std = NORMALIZATIONS[job.backbone.normalize]
+    mean, std = NORMALIZATIONS[with_recipe(job.backbone).normalize]
     found: dict[Source, dict[str, torch.Tensor]] = {one: {} for one in wanted.sources}
     batches: list[FeatureBatch] = []
     for rows in labeller.batches(images):

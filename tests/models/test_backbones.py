@@ -235,7 +235,7 @@ def test_an_unknown_name_is_refused_with_the_nearest(
         "swin_tiny_patch4_window7_224",
         "beit_base_patch16_224",
         "eva02_base_patch14_224",
-        "vit_small_patch16_dinov3",
+        "vit_small_patch16_rope_224.naver_in1k",
         "vit_base_patch16_rpn_224",
         "vit_small_patch16_18x2_224",
         "vit_relpos_small_patch16_224",

@@ -15,7 +15,7 @@ from pipeline.data.pixels import load_pixels
 from pipeline.errors import DataError, StorageError
 from pipeline.evaluation.one_box import measure_labels
 from pipeline.labelling.labeller import ForwardPass, Provenance, PseudoBoxLabeller
-from pipeline.models.backbones import build_backbone, load_weights
+from pipeline.models.backbones import build_backbone, load_weights, with_recipe
 from pipeline.scenes.scenes import write_collection
 from pipeline.storage import Location
 from pipeline.tuning import feature_cache
@@ -78,8 +78,9 @@ def cache(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> FeatureCach
 
 def labelled_and_evaluated(scenes: Path, job: LabelJob, folder: Path) -> Any:
     """The labelling job's rows, block by block, as a table, and what evaluation says of it."""
+    chosen = with_recipe(job.backbone)
     network = build_backbone(
-        NANO, load_weights(NANO, None), feature=job.backbone.feature, block=job.backbone.block
+        NANO, load_weights(NANO, None), feature=chosen.feature, block=chosen.block
     )
     forward = ForwardPass(batch_size=job.compute.batch_size)
     labeller = PseudoBoxLabeller(
