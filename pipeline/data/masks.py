@@ -4,8 +4,8 @@ A cell is a patch of the network, or a pixel where the mask was refined. ``size`
 what ``pycocotools.mask`` reads; ``cell`` is what it lacks: how many pixels of the original image a
 cell is wide and high. The last row and column may hang over the image's edge.
 
-pycocotools writes the run lengths. It does not read them here: its C code believes them, and writes
-past the end of the mask where they do not add up, but a table may come from anywhere.
+pycocotools writes the run lengths. It does not read them here, for a table may come from anywhere:
+where they add up to too little its masks hold whatever lay in memory (2.0.11).
 
 Shape letters:  H, W rows and columns of cells   h, w of pixels   L letters   R runs
 """

@@ -15,6 +15,7 @@ from pipeline.drawing.images import (
     degree_panel,
     draw_box,
     draw_mask,
+    map_panel,
     panel_row,
     similarity_panel,
 )
@@ -66,6 +67,31 @@ def test_the_score_stands_above_the_box_and_the_box_stays_whole() -> None:
     changed = (colours(without) != colours(scored)).any(axis=-1)
     assert changed.any()
     assert not changed[100:].any()
+
+
+def test_masks_are_tinted_where_they_are_and_the_rest_is_the_image_itself() -> None:
+    one, other = np.zeros((2, 150, 200), dtype=bool)
+    one[30:60, 50:100] = True
+    other[50:120, 90:150] = True
+    picture = draw_box(plain(200, 150), Finding([], masks=[one, other]), colour=GREEN)
+    tint = tuple(round(0.55 * ground + 0.45 * of) for ground, of in zip(BLUE, GREEN, strict=True))
+    tinted_hw = near(picture, (tint[0], tint[1], tint[2]))
+    assert extent(tinted_hw) == pytest.approx((100, 60, 300, 240), abs=2)
+    union_hw = (one | other).repeat(2, axis=0).repeat(2, axis=1)
+    assert np.array_equal(tinted_hw, union_hw)
+    assert near(picture, BLUE)[~union_hw].all()
+
+
+def test_a_map_shines_where_it_is_high_and_is_dark_where_it_is_not_above_0() -> None:
+    map_RC = np.array([[-0.2, 0.0], [0.1, 0.4]], dtype=np.float32)
+    panel = map_panel(plain(200, 150), map_RC, 100, title="Map", seed_xy=None)
+    assert panel.title == "Map"
+    assert panel.ramp is not None
+    assert panel.ramp[1:] == ("0", "0.40")
+    brightness = colours(panel.picture).sum(axis=-1)
+    assert brightness[50, 50] == brightness[50, 350] < brightness[250, 50] < brightness[250, 350]
+    nothing = map_panel(plain(200, 150), -map_RC - 1, 100, title="Map", seed_xy=None)
+    assert len(nothing.picture.getcolors() or ()) == 1, "all dark"
 
 
 @pytest.mark.parametrize("fit", [PANEL, THUMBNAIL])
