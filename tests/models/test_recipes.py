@@ -80,8 +80,9 @@ def by_hook(network: Any, images_B3HW: Tensor, block: int, third: int) -> Tensor
 
 
 @pytest.mark.parametrize("name", [DINOV3, DINOV3_BIAS])
-@pytest.mark.parametrize(("feature", "third"), [("query", 0), ("key", 1), ("value", 2)])
-@pytest.mark.parametrize("block", [0, -1])
+@pytest.mark.parametrize(
+    ("feature", "third", "block"), [("query", 0, -1), ("key", 1, -1), ("value", 2, 1)]
+)
 def test_dinov3_features_are_those_of_timms_own_pass(
     name: str, feature: str, third: int, block: int
 ) -> None:
@@ -158,12 +159,12 @@ def test_a_planted_artefact_does_not_reach_the_feature() -> None:
     image_13HW = torch.randn(1, 3, 112, 112, generator=torch.Generator().manual_seed(4))
 
     def plant(module: Any, inputs: Any, output: Tensor) -> Tensor:
-        output[:, whole.num_prefix + 10] *= 30  # type: ignore[operator]
+        output[:, whole.num_prefix + 10] *= 30
         return output
 
     clean = whole(image_13HW).tokens_BHWD.flatten(1, 2)
     for extractor in (whole, untouched):
-        extractor.blocks.register_forward_hook(plant)  # type: ignore[union-attr,operator]
+        extractor.blocks.register_forward_hook(plant)  # type: ignore[union-attr]
     mended = whole(image_13HW).tokens_BHWD.flatten(1, 2)
     left = untouched(image_13HW).tokens_BHWD.flatten(1, 2)
     others = torch.arange(mended.shape[1]) != 10
