@@ -8,6 +8,7 @@ too, and pure functions that take one import it from here. A job stops at a room
 
     settings.py         what all groups, all tracked jobs and all trainings share
     labelling.py        label_images, fit_head, evaluate_boxes, draw_boxes, demo
+    calibration.py      calibrate_scores
     clustering.py       cluster_boxes
     classification.py   train_classifier, compare_runs
     pretraining.py      pretrain_dino
@@ -17,6 +18,7 @@ too, and pure functions that take one import it from here. A job stops at a room
     presets.py          the papers' rows and the published recipes, as values of those knobs
 """
 
+from pipeline.config.calibration import CalibrateJob
 from pipeline.config.classification import (
     AugmentConfig,
     ClassifierConfig,
@@ -51,6 +53,7 @@ __all__ = [
     "BackboneConfig",
     "BlockJob",
     "BulkJob",
+    "CalibrateJob",
     "ClassifierConfig",
     "ClusterJob",
     "CompareJob",

@@ -9,14 +9,13 @@ To add a number: a function here, a field of ``ScoreQuality`` and its line in re
 Shape letters:  D boxes of all images   K bins   R resamples   C coverages
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.evaluation.corloc import Floats, interval_95
-from pipeline.localization.ranking import weighted_area_under_curve
 
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
@@ -47,13 +46,12 @@ class Reliability:
 
 
 def auroc_interval(
-    score_D: Floats, hit_D: Bools, image_D: Ints, *, num_resamples: int, seed: int
+    area: Callable[[Floats], float], image_D: Ints, *, num_resamples: int, seed: int
 ) -> tuple[float, float] | None:
     """The middle 95 % of the area under the curve over resamples of the images.
 
     Args:
-        score_D: higher is surer.
-        hit_D: the box is right.
+        area: from how often each box is there to the area (``weighted_area_under_curve``).
         image_D: whose box it is, any numbers; boxes of an image come and go together.
         num_resamples: how many.
         seed: of the draws.
@@ -61,7 +59,6 @@ def auroc_interval(
     Returns:
         None where no resample has right boxes and wrong ones.
     """
-    area = weighted_area_under_curve(score_D, hit_D)
     images, own_D = np.unique(image_D, return_inverse=True)
     if not len(images):
         return None

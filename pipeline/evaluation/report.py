@@ -335,11 +335,10 @@ def _print_classes(matching: ClassMatching, console: Console) -> None:
 
 def ranking_text(ranking: Ranking) -> str:
     """An AUROC with its interval, for people."""
-    if ranking.auroc is None:
+    if ranking.auroc is None or ranking.interval is None:
         return "n/a"
-    # Rich reads square brackets as markup.
-    span = "" if ranking.interval is None else " \\[{:.3f}, {:.3f}]".format(*ranking.interval)
-    return f"{ranking.auroc:.3f}{span}"
+    low, high = ranking.interval
+    return f"{ranking.auroc:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def quality_json(quality: ScoreQuality) -> dict[str, Any]:
@@ -368,11 +367,9 @@ def _rounded(value: float | None) -> float | None:
 
 
 def _print_quality(quality: ScoreQuality, console: Console) -> None:
-    console.print(
-        f"\n[bold]AUROC of the scores {ranking_text(quality.ranking['scores'])}[/]",
-        highlight=False,
-        soft_wrap=True,
-    )
+    # Rich reads square brackets as markup.
+    auroc = ranking_text(quality.ranking["scores"]).replace("[", "\\[")
+    console.print(f"\n[bold]AUROC of the scores {auroc}[/]", highlight=False, soft_wrap=True)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("of the best boxes", overflow="fold")
     for share in quality.precision_at:
@@ -381,7 +378,7 @@ def _print_quality(quality: ScoreQuality, console: Console) -> None:
     table.add_row("are right (%)", *cells)
     console.print(table)
     for line in _quality_remarks(quality):
-        console.print(f"  {line}", highlight=False, soft_wrap=True)
+        console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _quality_remarks(quality: ScoreQuality) -> Iterator[str]:
@@ -398,7 +395,10 @@ def _quality_remarks(quality: ScoreQuality) -> Iterator[str]:
         )
     low, high = quality.span
     if quality.reliability is None:
-        yield (f"No ECE: scores from {low:.3g} to {high:.3g} are no probabilities.")
+        yield (
+            f"No ECE: scores from {low:.3g} to {high:.3g} are no probabilities; "
+            "jobs/calibrate_scores.py makes some."
+        )
     else:
         yield (
             f"As probabilities: ECE {quality.reliability.error:.3f}, Brier score "

@@ -25,7 +25,7 @@ from pipeline.evaluation.calibration import (
 )
 from pipeline.evaluation.corloc import THRESHOLD, Floats
 from pipeline.evaluation.predictions import EVIDENCE, Detections
-from pipeline.localization.ranking import area_under_curve
+from pipeline.localization.ranking import weighted_area_under_curve
 
 COVERAGES = (0.1, 0.25, 0.5, 0.75, 1.0)
 
@@ -40,12 +40,15 @@ class ScoredBoxes:
         hit_D: the box is right.
         evidence: what scores rest on, by the names of ``EVIDENCE``; NaN where the table does not
             say, and absent where it says nothing of any box.
+        fold_D: boxes of different folds are not ranked against each other: their scores are of
+            different maps. None ranks all.
     """
 
     image_D: Ints
     score_D: Floats
     hit_D: Bools
     evidence: dict[str, Floats]
+    fold_D: Ints | None = None
 
     def __len__(self) -> int:
         return len(self.score_D)
@@ -123,11 +126,12 @@ def measure_scores(boxes: ScoredBoxes, *, num_resamples: int, seed: int) -> Scor
 
 def ranking(boxes: ScoredBoxes, value_D: Floats, *, num_resamples: int, seed: int) -> Ranking:
     """How well some value ranks the boxes, with its interval over images."""
-    if boxes.hit_D.all() or not boxes.hit_D.any():
+    area = weighted_area_under_curve(value_D, boxes.hit_D, boxes.fold_D)
+    whole = area(np.ones(len(boxes)))
+    if np.isnan(whole):
         return Ranking(None, None)
     return Ranking(
-        area_under_curve(value_D, boxes.hit_D),
-        auroc_interval(value_D, boxes.hit_D, boxes.image_D, num_resamples=num_resamples, seed=seed),
+        whole, auroc_interval(area, boxes.image_D, num_resamples=num_resamples, seed=seed)
     )
 
 

@@ -145,9 +145,12 @@ HEAD_CONFIG, HEAD_WEIGHTS = "config.json", "head.safetensors"
 HEAD_FOLDER = "_head"
 """Of an output: the head that its boxes were found with, where it was fitted for them."""
 
-# What may lie in an output beside its results: the lease, the run's blocks, the head, and of older
-# versions what MLflow had not got.
-_OURS = ("_lease.json", "_run", HEAD_FOLDER, "_tracking")
+CALIBRATION_FOLDER = "_calibration"
+"""Of an output: what its scores are worth, where they were made probabilities."""
+
+# What may lie in an output beside its results: the lease, the run's blocks, the head, what is said
+# of scores, and of older versions what MLflow had not got.
+_OURS = ("_lease.json", "_run", HEAD_FOLDER, CALIBRATION_FOLDER, "_tracking")
 
 # What a run makes, the commit points first, so that no reader is misled while it is deleted.
 _RESULTS = (MANIFEST_NAME, HEAD_CONFIG, HEAD_WEIGHTS, "report.md", "boxes.png")
@@ -385,6 +388,7 @@ def _delete_run(output: Location) -> None:
     for place in output.files():
         if _is_table_file(place.name):
             place.delete()
+    output.child(CALIBRATION_FOLDER).delete()
     output.child("_run").delete()
 
 

@@ -25,6 +25,13 @@ def columns(drawn: list[tuple[float, bool]]) -> tuple[np.ndarray, np.ndarray]:
     return np.array(scores), np.array(hits, dtype=bool)
 
 
+def interval_of(
+    scores: np.ndarray, hits: np.ndarray, images: np.ndarray, *, num_resamples: int
+) -> tuple[float, float] | None:
+    area = weighted_area_under_curve(scores, hits)
+    return auroc_interval(area, images, num_resamples=num_resamples, seed=1)
+
+
 def slow_area(drawn: list[tuple[float, bool]]) -> float:
     won = [
         1.0 if hit > miss else 0.5 if hit == miss else 0.0
@@ -51,6 +58,16 @@ def test_a_weight_is_how_often_a_box_is_there(
     assert area(np.array(counts, dtype=float)) == pytest.approx(slow_area(repeated), nan_ok=True)
 
 
+@given(st.lists(_SCORED, min_size=1, max_size=3))
+def test_what_is_ranked_apart_is_never_compared(folds: list[list[tuple[float, bool]]]) -> None:
+    pairs = [sum(h for _, h in one) * sum(not h for _, h in one) for one in folds]
+    won = [slow_area(one) * number for one, number in zip(folds, pairs, strict=True) if number]
+    expected = sum(won) / sum(pairs) if sum(pairs) else float("nan")
+    together = [one for fold in folds for one in fold]
+    apart = np.repeat(np.arange(len(folds)), [len(fold) for fold in folds])
+    assert area_under_curve(*columns(together), apart) == pytest.approx(expected, nan_ok=True)
+
+
 @given(_SCORED, st.floats(0.01, 1))
 def test_precision_at_coverage_is_the_mean_over_orders_of_equals(
     drawn: list[tuple[float, bool]], coverage: float
@@ -66,9 +83,11 @@ def test_precision_at_coverage_is_the_mean_over_orders_of_equals(
 
 
 @given(_SCORED)
-def test_the_interval_holds_the_point_more_often_than_not(drawn: list[tuple[float, bool]]) -> None:
+def test_there_is_an_interval_where_there_are_hits_and_misses(
+    drawn: list[tuple[float, bool]],
+) -> None:
     scores, hits = columns(drawn)
-    interval = auroc_interval(scores, hits, np.arange(len(hits)), num_resamples=200, seed=0)
+    interval = interval_of(scores, hits, np.arange(len(hits)), num_resamples=200)
     if np.isnan(slow_area(drawn)):
         assert interval is None
     else:
@@ -80,10 +99,10 @@ def test_the_interval_holds_the_point_and_is_wider_where_boxes_share_images() ->
     rng = np.random.default_rng(0)
     hits = rng.random(400) < 0.5
     scores = hits + rng.normal(0, 1.5, 400)
-    alone = auroc_interval(scores, hits, np.arange(400), num_resamples=500, seed=1)
+    alone = interval_of(scores, hits, np.arange(400), num_resamples=500)
     # Ten copies of forty boxes are no four hundred.
     copies = np.arange(400) % 40
-    shared = auroc_interval(scores[copies], hits[copies], copies, num_resamples=500, seed=1)
+    shared = interval_of(scores[copies], hits[copies], copies, num_resamples=500)
     assert alone is not None
     assert shared is not None
     assert alone[0] < area_under_curve(scores, hits) < alone[1]
