@@ -59,7 +59,7 @@ MIN_IMAGES = 10
 """Labelled images with a box: two for each fold."""
 
 FEW_IMAGES: dict[CalibrationMethod, int] = {"logistic": 50, "isotonic": 100}
-"""Below these the error was over .1 for half of all draws of images (docs/method.md)."""
+"""Below these the error was over .1 for half of all draws of images (docs/label.md)."""
 
 _NUM_RESAMPLES = 2000
 
@@ -281,8 +281,8 @@ def _report(sample: LabelledSample, found: ScoreCalibration, said: dict[str, Any
         "",
         *(f"**{line}**\n" for line in _warnings(sample, found, said["calibration.method"])),
         markdown_table(("", "before", _AFTER), _comparison(found), right=(1, 2)),
-        f"AUROC with its 95 % interval over images. After: {NUM_FOLDS} folds of images, and only boxes "
-        "of one fold are ranked against each other.",
+        f"AUROC with its 95 % interval over images. After: {NUM_FOLDS} folds of images, and only "
+        "boxes of one fold are ranked against each other.",
         "",
         f"![Share of right boxes over what scores say]({PICTURE})",
         "",
@@ -327,7 +327,7 @@ def _warnings(
     if sample.num_images < few:
         yield (
             f"FEW LABELS: {sample.num_images} images; below {few} a {method} map is as often as "
-            "not off by more than 0.1 (docs/method.md). Label more of them, drawn at random"
+            "not off by more than 0.1 (docs/label.md). Label more of them, drawn at random"
         )
     if isinstance(found.score_map, LogisticMap) and not any(found.score_map.weights):
         yield "SCORES SAY NOTHING on these images: every box gets the share of right ones"
