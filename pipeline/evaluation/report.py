@@ -343,7 +343,6 @@ def ranking_text(ranking: Ranking) -> str:
 
 def quality_json(quality: ScoreQuality) -> dict[str, Any]:
     """Every number: precision in percent with three decimals, all else from 0 to 1 with four."""
-    bins = quality.reliability
     return {
         "num_boxes": quality.num_boxes,
         "num_right": quality.num_right,
@@ -357,7 +356,7 @@ def quality_json(quality: ScoreQuality) -> dict[str, Any]:
         "precision_at_coverage": {
             f"{100 * share:g}": _percent(value) for share, value in quality.precision_at.items()
         },
-        "ece": bins and _rounded(bins.error),
+        "ece": _rounded(quality.ece),
         "brier": _rounded(quality.brier),
     }
 
@@ -394,16 +393,13 @@ def _quality_remarks(quality: ScoreQuality) -> Iterator[str]:
             "No AUROC: all boxes are right." if quality.num_right else "No AUROC: no box is right."
         )
     low, high = quality.span
-    if quality.reliability is None:
+    if quality.ece is None:
         yield (
             f"No ECE: scores from {low:.3g} to {high:.3g} are no probabilities; "
             "jobs/calibrate_scores.py makes some."
         )
     else:
-        yield (
-            f"As probabilities: ECE {quality.reliability.error:.3f}, Brier score "
-            f"{quality.brier:.3f}."
-        )
+        yield (f"As probabilities: ECE {quality.ece:.3f}, Brier score {quality.brier:.3f}.")
 
 
 # Told apart by readers who see few colours, and by their dashes in print.

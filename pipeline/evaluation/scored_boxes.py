@@ -84,6 +84,11 @@ class ScoreQuality:
     reliability: Reliability | None
     brier: float | None
 
+    @property
+    def ece(self) -> float | None:
+        """Expected calibration error; None where scores are no probabilities."""
+        return None if self.reliability is None else self.reliability.error
+
 
 def scored_boxes(truths: Sequence[GroundTruth], found: Sequence[Detections]) -> ScoredBoxes:
     """The boxes ``found``, one entry per image of ``truths`` and in its order."""

@@ -253,7 +253,7 @@ def _figures(quality: ScoreQuality | None) -> dict[str, float | None]:
         return dict.fromkeys(("auroc", "ece", "brier"))
     figures = {
         "auroc": quality.ranking["scores"].auroc,
-        "ece": quality.reliability and quality.reliability.error,
+        "ece": quality.ece,
         "brier": quality.brier,
     }
     return {name: None if value is None else round(value, 4) for name, value in figures.items()}
@@ -263,14 +263,14 @@ _AFTER = "after, on images not fitted on"
 
 
 def _comparison(found: ScoreCalibration) -> list[tuple[str, str, str]]:
-    """Rows of what is measured, before and after."""
-    both = (found.before, found.after)
-    auroc = ["n/a" if one is None else ranking_text(one.ranking["scores"]) for one in both]
-    rows = [("AUROC", *auroc)]
-    for name, title in (("ece", "ECE"), ("brier", "Brier score")):
-        values = [_figures(one)[name] for one in both]
-        rows.append((title, *("n/a" if v is None else f"{v:.3f}" for v in values)))
-    return rows
+    """What is measured, before and after."""
+    shown: list[list[str]] = []
+    for quality in (found.before, found.after):
+        figures = _figures(quality)
+        ends = ["n/a" if (v := figures[name]) is None else f"{v:.3f}" for name in ("ece", "brier")]
+        auroc = "n/a" if quality is None else ranking_text(quality.ranking["scores"])
+        shown.append([auroc, *ends])
+    return list(zip(("AUROC", "ECE", "Brier score"), *shown, strict=True))
 
 
 def _report(sample: LabelledSample, found: ScoreCalibration, said: dict[str, Any]) -> str:
@@ -331,7 +331,7 @@ def _warnings(
         )
     if isinstance(found.score_map, LogisticMap) and not any(found.score_map.weights):
         yield "SCORES SAY NOTHING on these images: every box gets the share of right ones"
-    before = found.before and found.before.brier
+    before = None if found.before is None else found.before.brier
     if before is not None and found.after.brier is not None and found.after.brier > before:
         yield "THE SCORES WERE BETTER BEFORE, by the Brier score: label more images, or keep them"
 

@@ -74,7 +74,7 @@ def test_a_column_that_says_nothing_or_the_contrary_weighs_nothing() -> None:
     hits = drawn(1 - score)
     columns = as_columns(score, [np.full(200, 0.3)])
     fitted = fit_logistic(columns, hits)
-    assert fitted.weights == (0, 0)
+    assert list(fitted.weights) == [0, 0]
     assert fitted(columns) == pytest.approx(hits.mean())
 
 
