@@ -244,19 +244,21 @@ def _told(sample: LabelledSample, found: ScoreCalibration) -> dict[str, Any]:
         **found.score_map.told(),
     }
     for when, quality in (("before", found.before), ("cross_validated", found.after)):
-        told |= {f"{when}.{name}": value for name, value in _figures(quality).items()}
+        told |= {
+            f"{when}.{name}": None if value is None else round(value, 4)
+            for name, value in _figures(quality).items()
+        }
     return {f"calibration.{name}": value for name, value in told.items()}
 
 
 def _figures(quality: ScoreQuality | None) -> dict[str, float | None]:
     if quality is None:
         return dict.fromkeys(("auroc", "ece", "brier"))
-    figures = {
+    return {
         "auroc": quality.ranking["scores"].auroc,
         "ece": quality.ece,
         "brier": quality.brier,
     }
-    return {name: None if value is None else round(value, 4) for name, value in figures.items()}
 
 
 _AFTER = "after, on images not fitted on"
@@ -326,8 +328,8 @@ def _warnings(
     few = FEW_IMAGES[method]
     if sample.num_images < few:
         yield (
-            f"FEW LABELS: {sample.num_images} images; below {few} a {method} map is as often as "
-            "not off by more than 0.1 (docs/label.md). Label more of them, drawn at random"
+            f"FEW LABELS: {sample.num_images} images; below {few}, by --method {method}, the "
+            "ECE is as often as not over 0.1 (docs/label.md). Label more, drawn at random"
         )
     if isinstance(found.score_map, LogisticMap) and not any(found.score_map.weights):
         yield "SCORES SAY NOTHING on these images: every box gets the share of right ones"

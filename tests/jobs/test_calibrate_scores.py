@@ -186,9 +186,9 @@ def test_few_labels_are_told_and_fewer_refused(table: Path, tmp_path: Path) -> N
     some = write_truth(tmp_path / "some.json", range(30))
     result = run(table, some, tmp_path / "some")
     assert result.returncode == 0
-    assert "FEW LABELS: 28 images; below 50 a logistic map" in result.stdout
+    assert "FEW LABELS: 28 images; below 50, by --method logistic, the ECE" in result.stdout
     result = run(table, some, tmp_path / "isotonic", "--method", "isotonic")
-    assert "FEW LABELS: 28 images; below 100 a isotonic map" in result.stdout
+    assert "FEW LABELS: 28 images; below 100, by --method isotonic, the ECE" in result.stdout
     few = write_truth(tmp_path / "few.json", [*range(11), 1000])
     result = run(table, few, tmp_path / "few")
     assert_one_line(result, 3, "at least 10 images of")
