@@ -109,7 +109,8 @@ def calibrate_scores(job: CalibrateJob) -> int:
     Raises:
         ConfigError: a place is not one we read or write.
         DataError: table or ground truth are missing, damaged, or do not belong together; there are
-            too few labelled images, or all of their boxes are right, or all wrong.
+            too few labelled images, or all of their boxes are right, or all wrong; or the table
+            changes while it is read.
         StorageError: the output holds something, is in use, or cannot be written.
     """
     job = with_absolute_places(job)
@@ -125,6 +126,8 @@ def calibrate_scores(job: CalibrateJob) -> int:
     report, picture = _report(sample, found, said), _picture(found)
     with Lease(output) as lease:
         require_free(output, overwrite=job.overwrite, resumable=False)
+        if manifest_sha256(labels) != source_hash:
+            raise DataError(f"{labels} was written anew while it was read; start again")
         lease.check()
         run = open_run(output, config, resume=False, overwrite=job.overwrite)
         output.child(CALIBRATION_FOLDER).child(PICTURE).write_bytes(picture)

@@ -344,6 +344,22 @@ def test_real_boxes_on_real_photos(shared: Path, tmp_path: Path) -> None:
     assert said["calibration.cross_validated.ece"] < 0.1
 
 
+def test_a_table_in_a_bucket_becomes_one_in_a_bucket(s3_bucket: str, tmp_path: Path) -> None:
+    source, out = f"{s3_bucket}/labels", f"{s3_bucket}/out"
+    folder = Location.parse(source)
+    place = write_table(tmp_path / "labels", [image(number) for number in range(60)])
+    for one in place.files():
+        folder.child(one.name).write_bytes(one.read_bytes())
+    truth = write_truth(tmp_path / "few.json", range(60))
+    for flags in ((), ("--overwrite",)):
+        args = ("--labels", source, "--ground-truth", truth, "--output", out, *flags)
+        assert run_here(JOB, *args).returncode == 0
+    assert len(read_labels(Location.parse(out))) == 60
+    assert Location.parse(f"{out}/_calibration/report.md").kind() == "file"
+    args = ("--labels", source, "--ground-truth", truth, "--output", f"{source}/", "--overwrite")
+    assert_one_line(run_here(JOB, *args), 2, "--output must not be the table of --labels itself")
+
+
 def test_help_needs_no_torch() -> None:
     assert "--ground-truth" in help_without_libraries(JOB)
 
