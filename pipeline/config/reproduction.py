@@ -18,6 +18,7 @@ TableName = Literal[
     "lost-3",
     "solost-4",
     "cad-5",
+    "discovery",
 ]
 
 
@@ -57,6 +58,12 @@ class DataPlaces(Settings):
     coco20k: str | None = None
     """COCO20k, likewise: its 19,817 images, with their instances.json."""
 
+    kangaroo: str | None = None
+    """Photos of one kind, likewise: for the table discovery at --scale small."""
+
+    scenes: str | None = None
+    """Procedural scenes, likewise, as `make demo` leaves them in demo/scenes."""
+
 
 class ReproduceJob(TrackedSettings):
     """Run the rows of a paper's table, and put the paper's figures beside ours."""
@@ -64,7 +71,8 @@ class ReproduceJob(TrackedSettings):
     goes_on_with: ClassVar = "the same command"
 
     table: TableName
-    """Which table: DRLoc's 2a, 2b, 3, 4, 5; LOST's 1, 3; SoLOST's 4; the detectors' (CAD) 5."""
+    """Which table: DRLoc's 2a, 2b, 3, 4, 5; LOST's 1, 3; SoLOST's 4; the detectors' (CAD) 5; every
+    rule of ours beside them (discovery)."""
 
     rows: tuple[str, ...] = ()
     """Only these rows, by name or pattern ('m64', 'voc07-*'), and what they are compared with; none

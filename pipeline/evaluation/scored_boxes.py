@@ -129,6 +129,14 @@ def measure_scores(boxes: ScoredBoxes, *, num_resamples: int, seed: int) -> Scor
     )
 
 
+def ranking_of(
+    truths: Sequence[GroundTruth], found: Sequence[Detections], *, num_resamples: int = 2000
+) -> Ranking:
+    """How well the scores of these boxes rank them."""
+    boxes = scored_boxes(truths, found)
+    return ranking(boxes, boxes.score_D, num_resamples=num_resamples, seed=0)
+
+
 def ranking(boxes: ScoredBoxes, value_D: Floats, *, num_resamples: int, seed: int) -> Ranking:
     """How well some value ranks the boxes, with its interval over images."""
     area = weighted_area_under_curve(value_D, boxes.hit_D, boxes.fold_D)

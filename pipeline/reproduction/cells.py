@@ -15,7 +15,9 @@ from pipeline.storage import Location
 Values = dict[str, Any]
 """Nested values of a job's knobs."""
 
-Metric = Literal["accuracy", "CorLoc", "AP50"]
+Metric = Literal["accuracy", "CorLoc", "AP50", "AR@10", "AUROC"]
+"""AUROC is how well the scores of boxes tell right ones from wrong ones."""
+
 Split = Literal["trainval", "test"]
 
 
@@ -46,6 +48,12 @@ class BoxesRecipe:
     similarity: Similarity | None = None
     feature: Feature | None = None
     """None is the backbone's own."""
+
+    max_objects: int = 1
+    """Of an image; more than one is found by rule head alone."""
+
+    split: "Split | None" = None
+    """None is what the papers take: trainval where the set is divided by lists, else all."""
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,8 @@ DATA: dict[str, tuple[str, ...]] = {
     "voc07": ("voc07", "VOCdevkit/VOC2007", "VOC2007", "voc07_test_500"),
     "voc12": ("voc12", "VOCdevkit/VOC2012", "VOC2012"),
     "coco20k": ("coco20k",),
+    "kangaroo": ("kangaroo",),
+    "scenes": ("scenes",),
 }
 """By which names each data set lies below --data-root."""
 

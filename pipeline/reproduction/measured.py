@@ -17,10 +17,12 @@ from numpy.typing import NDArray
 
 from pipeline.boxes import as_boxes
 from pipeline.comparison.paired import difference_of, holm
+from pipeline.data.pseudo_labels import read_manifest
 from pipeline.errors import DataError
 from pipeline.evaluation.average_precision import average_precision
 from pipeline.evaluation.corloc import THRESHOLD, best_ious, interval_95, resampled_rates
 from pipeline.evaluation.predictions import detections, match, read_predictions
+from pipeline.evaluation.scored_boxes import ranking_of
 from pipeline.reproduction.cells import BoxesRecipe, Cell, Metric, Run
 from pipeline.reproduction.inputs import Photos
 from pipeline.reproduction.plan import Plan, PlannedCell
@@ -78,9 +80,11 @@ def measure(planned: PlannedCell) -> Measured | None:
     done = {seed: run for seed, run in enumerate(planned.runs) if run.is_done}
     if not done:
         return None
-    if isinstance(planned.cell.recipe, BoxesRecipe):
-        return _corloc_of_photos(done[0], _photos(planned))
     metric = planned.cell.metric
+    if isinstance(planned.cell.recipe, BoxesRecipe):
+        if metric == "CorLoc":
+            return _corloc_of_photos(done[0], _photos(planned))
+        return _of_table(done[0], _photos(planned), metric)
     by_seed = {seed: result_of(run, planned.photos, metric) for seed, run in done.items()}
     values_S = np.array(list(by_seed.values()))
     # Against 0: the interval of a mean is that of its difference from any fixed number.
@@ -92,6 +96,9 @@ def difference(measured: Measured, base: Measured) -> Gain | None:
     """How far a cell is from the one it is compared with; None where no seed has both."""
     if measured.hits_N is not None and base.hits_N is not None:
         return _over_photos(measured.hits_N, base.hits_N)
+    if not measured.by_seed and not base.by_seed:
+        # Two tables of boxes by another measure: no resamples of it are kept.
+        return Gain(measured.value - base.value, None, 1)
     # A single table of boxes stands beside every seed of a detector trained on it.
     of_base = base.by_seed or dict.fromkeys(measured.by_seed, base.value)
     seeds = sorted(measured.by_seed.keys() & of_base.keys())
@@ -115,8 +122,22 @@ def result_of(run: Run, photos: Photos | None, metric: Metric) -> float:
     if metric == "CorLoc":
         return 100 * float(_hits(labels, photos).mean())
     boxes = [detections([]) if one is None else one.detections for one in found]
-    ap50 = average_precision(truths, boxes, difficult="drop").stats["ap50"]
-    return 100 * ap50 if ap50 is not None else math.nan
+    if metric == "AUROC":
+        area = ranking_of(truths, boxes).auroc
+        return 100 * area if area is not None else math.nan
+    name = "ap50" if metric == "AP50" else "ar_10"
+    value = average_precision(truths, boxes, difficult="drop").stats[name]
+    return 100 * value if value is not None else math.nan
+
+
+def _of_table(run: Run, photos: Photos, metric: Metric) -> Measured:
+    value = result_of(run, photos, metric)
+    if metric != "AUROC":
+        return Measured(value)
+    found = match(read_predictions(run.folder), photos.truths).predictions
+    boxes = [detections([]) if one is None else one.detections for one in found]
+    interval = ranking_of(photos.truths, boxes).interval
+    return Measured(value, interval=interval and (100 * interval[0], 100 * interval[1]))
 
 
 def _accuracy(summary: Location) -> float:
@@ -228,11 +249,22 @@ def _measured(
         return None, f"cannot be read: {fault}"
     num_done = sum(run.is_done for run in planned.runs)
     if num_done == len(planned.runs):
-        return found, "ok"
+        return found, "ok" + _told_of_head(planned)
     state = f"{num_done} of {len(planned.runs)} runs"
     if reasons:
         return found, f"{state}; failed: {reasons[0]}"
     return found, state if chosen else f"{state}; not asked for (--rows)"
+
+
+def _told_of_head(planned: PlannedCell) -> str:
+    """That the boxes are the cut's, where the head was refused."""
+    for run in planned.runs:
+        if (
+            run.job == "label_images"
+            and "localization.head_refused" in read_manifest(run.folder).config
+        ):
+            return "; the head was refused: the cut's boxes"
+    return ""
 
 
 def _judged_together(lines: Sequence[Line]) -> list[Line]:

@@ -145,7 +145,7 @@ class _Planner:
                     seeds = range(self.choices.num_seeds)
                     return PlannedCell(cell, tuple(self._classifier(recipe, s) for s in seeds))
                 case BoxesRecipe() as recipe:
-                    photos = self._photos_of(recipe.data, None)
+                    photos = self._photos_of(recipe.data, recipe.split)
                     return PlannedCell(cell, (self._boxes(recipe, photos),), photos)
                 case DetectorRecipe() as recipe:
                     photos = self._photos_of(recipe.boxes.data, recipe.split)
@@ -193,6 +193,8 @@ class _Planner:
             "localization": {"rule": recipe.rule, "similarity": recipe.similarity},
             "decode": backbone.decode,
         }
+        if recipe.max_objects > 1:
+            decides["localization"]["max_objects"] = recipe.max_objects
         digest = config_hash({**decides, "sha256": None if file is None else _sha256(file)})
         parts = (recipe.data, recipe.backbone, recipe.rule, recipe.similarity, recipe.feature)
         name = "-".join([*(part for part in parts if part), digest[:8]])

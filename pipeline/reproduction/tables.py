@@ -12,6 +12,7 @@ in ``TABLES``, its name in config/reproduction.py.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from itertools import product
 
 from pipeline.config.detection import presets as detector_presets
 from pipeline.config.presets import merged, presets
@@ -24,6 +25,7 @@ from pipeline.reproduction.cells import (
     Cell,
     ClassifierRecipe,
     DetectorRecipe,
+    Metric,
     Split,
     Table,
     Values,
@@ -353,6 +355,80 @@ def cad_5(size: TableSize) -> Table:
     return Table("SoLOST, Table 5: a detector on its boxes (CAD)", tuple(cells), tuple(notes))
 
 
+_FOUND_BY = {
+    "solost": ("SoLOST", BoxesRecipe("", "", "solost")),
+    "lost": ("LOST", BoxesRecipe("", "", "lost")),
+    "ncut": ("the cut", BoxesRecipe("", "", "ncut")),
+    "head": ("a head", BoxesRecipe("", "", "head")),
+    "head-many": ("a head, 10 boxes", BoxesRecipe("", "", "head", max_objects=10)),
+}
+_MEASURED_BY: tuple[Metric, ...] = ("CorLoc", "AP50", "AR@10", "AUROC")
+
+
+def discovery(size: TableSize) -> Table:
+    """Every rule by every measure, and a detector trained on the boxes of SoLOST and of a head."""
+    small = size.scale == "small"
+    sets = ("voc07", "kangaroo", "scenes") if small else PHOTO_SETS
+    backbones = _small_backbones(size) if small else ["vit-s16", "vit-s8", "vit-b16"]
+    cells: list[Cell] = []
+    if not small:
+        for method, value in published_figures.OTHERS_ON_VOC07.items():
+            told = Published(value, SECOND_HAND)
+            name, words = f"voc07-{method.lower()}", f"voc07, CorLoc, {method}"
+            cells.append(Cell(name, words, told, None, metric="CorLoc"))
+    for metric, data, backbone in product(_MEASURED_BY, sets, backbones):
+        base = f"{data}-{backbone}-{metric.lower()}"
+        for rule, (words, boxes) in _FOUND_BY.items():
+            cells.append(
+                Cell(
+                    name=f"{base}-{rule}",
+                    words=f"{data}, {BACKBONES[backbone].words}, {metric}, {words}",
+                    published=_known(data, backbone, metric, rule),
+                    recipe=replace(boxes, data=data, backbone=backbone),
+                    base=None if rule == "solost" else f"{base}-solost",
+                    metric=metric,
+                )
+            )
+    for data, backbone in (("scenes", "vit-nano8"), ("voc07", "vit-ti16")) if small else ():
+        cells += _detectors_on(data, backbone, size)
+    notes = (
+        "AP50 and AR@10 are COCO's, difficult objects dropped; AUROC is of the scores, a box being "
+        "right at IoU >= 0.5. Intervals are over images. A head is fitted on the very images.",
+    )
+    return Table("Discovery: what each rule finds", tuple(cells), (_SAME_IMAGES, *notes))
+
+
+def _known(data: str, backbone: str, metric: Metric, rule: str) -> Published | None:
+    figures = published_figures.RULES.get(rule, {}).get(backbone)
+    if metric != "CorLoc" or figures is None or data not in PHOTO_SETS:
+        return None
+    return Published(figures[PHOTO_SETS.index(data)], _REPORT)
+
+
+def _detectors_on(data: str, backbone: str, size: TableSize) -> Iterator[Cell]:
+    """AP50 on the test images: of the boxes themselves, and of detectors trained on others."""
+    base = f"{data}-test-ap50"
+    for rule in ("solost", "head", "head-many"):
+        words, boxes = _FOUND_BY[rule]
+        boxes = replace(boxes, data=data, backbone=backbone)
+        yield Cell(
+            name=f"{base}-{rule}",
+            words=f"{data} test, AP50, {words}",
+            published=None,
+            recipe=replace(boxes, split="test"),
+            base=None if rule == "solost" else f"{base}-solost",
+            metric="AP50",
+        )
+        yield Cell(
+            name=f"{base}-{rule}-cad",
+            words=f"{data} test, AP50, detector on {words}",
+            published=None,
+            recipe=DetectorRecipe(boxes, "test", _detector(size, data, "nano")),
+            base=None if rule == "solost" else f"{base}-solost-cad",
+            metric="AP50",
+        )
+
+
 def _figure(value: float | None) -> Published | None:
     source = f"{published_figures.SOLOST_REPORT} and its logs: batch 2, one seed"
     return None if value is None else Published(value, source)
@@ -406,6 +482,7 @@ TABLES: dict[str, Callable[[TableSize], Table]] = {
     "lost-3": lost_3,
     "solost-4": solost_4,
     "cad-5": cad_5,
+    "discovery": discovery,
 }
 
 
