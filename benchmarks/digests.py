@@ -210,7 +210,7 @@ def scenes_and_labels(jobs: Jobs) -> Iterator[tuple[str, str]]:
     jobs.run("demo", "--output", demo, "--num-scenes", NUM_SCENES, MLFLOW_TRACKING_URI=store)
     scenes, truth = demo / "scenes", demo / "scenes" / "instances.json"
     yield "scenes", of_files(scenes)
-    yield "labels, by the demo", of_table(demo / "labels")
+    yield "labels, by the demo", of_table(demo / "solost")
     for rule in RULES:
         table, flags = place / f"labels-{rule}", ("--localization.rule", rule, *UNTRACKED)
         where = ("--images", scenes / "images", "--output", table, "--compute.num-actors", "1")
