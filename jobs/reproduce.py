@@ -6,8 +6,8 @@
     python jobs/reproduce.py --table drloc-4 --rows 'svhn-*' --data.svhn DIR --use-gpu
 
 Tables: drloc-2a, -2b, -3, -4, -5 (DRLoc), lost-1, lost-3, solost-4, cad-5, and discovery: every
-rule of ours by every measure. Rows whose data or weights are not at hand are marked, the others run.
-The same command goes on where it was stopped, and repeats no run that is finished.
+rule of ours by every measure. Rows whose data or weights are not at hand are marked, the others
+run. The same command goes on where it was stopped, and repeats no run that is finished.
 """
 
 from pathlib import Path
