@@ -12,6 +12,7 @@ from pipeline.reproduction.cells import (
     Cell,
     ClassifierRecipe,
     DetectorRecipe,
+    Metric,
     Run,
 )
 from pipeline.reproduction.inputs import Photos
@@ -87,7 +88,7 @@ def test_rows_without_a_result_are_marked_and_do_not_fail(tmp_path: Path) -> Non
         measure(arm)
 
 
-def labelled(folder: Path, hits: list[bool]) -> Run:
+def labelled(folder: Path, hits: list[bool], **config: str) -> Run:
     """A table whose boxes meet the object of each photo, or do not."""
     rows = [
         label_row(
@@ -95,12 +96,12 @@ def labelled(folder: Path, hits: list[bool]) -> Run:
             width=100,
             height=100,
             boxes=[[0, 0, 10, 10] if hit else [50, 50, 60, 60]],
-            scores=[0.5],
+            scores=[0.5 + hit * number / 100],
             labels=[1],
         )
         for number, hit in enumerate(hits)
     ]
-    place = write_table(folder, rows)
+    place = write_table(folder, rows, config=config)
     return Run(folder.name, "label_images", {}, place.child("_MANIFEST.json"))
 
 
@@ -150,3 +151,36 @@ def test_detections_are_measured_by_either_metric_for_each_seed(tmp_path: Path) 
     assert corloc.by_seed == {0: 100, 1: 50}
     assert ap50.by_seed[0] == pytest.approx(100)
     assert 0 < ap50.by_seed[1] < 100
+
+
+def test_tables_of_boxes_have_four_measures_and_a_difference_by_each(tmp_path: Path) -> None:
+    seen = photos(6)
+    base = labelled(tmp_path / "base", [True, False, False, False, False, False])
+    arm = labelled(tmp_path / "arm", [False, True, True, True, False, False])
+    recipe = BoxesRecipe("voc07", "vit-s16")
+    metrics: tuple[Metric, ...] = ("CorLoc", "AP50", "AR@10", "AUROC")
+    for metric in metrics:
+        cells = [
+            PlannedCell(
+                Cell(f"{name}-{metric}", "", None, recipe, base=of, metric=metric), (run,), seen
+            )
+            for name, of, run in (("base", None, base), ("arm", f"base-{metric}", arm))
+        ]
+        first, second = lines_of(Plan(tuple(cells), ()), {}, [one.cell.name for one in cells])
+        assert first.measured is not None
+        assert second.measured is not None
+        assert second.gain is not None
+        assert second.gain.value == pytest.approx(second.measured.value - first.measured.value)
+        if metric == "AUROC":
+            # Right boxes score higher than wrong ones; the base's right one scores as all others.
+            assert second.measured.value == pytest.approx(100)
+            assert first.measured.value == pytest.approx(50)
+        if metric == "AR@10":
+            assert second.measured.value == pytest.approx(50)
+
+
+def test_boxes_of_the_cut_in_the_place_of_a_refused_head_are_told(tmp_path: Path) -> None:
+    run = labelled(tmp_path / "a", [True], **{"localization.head_refused": "too few images"})
+    cell = Cell("a", "a", None, BoxesRecipe("voc07", "vit-s16", "head"), metric="CorLoc")
+    (line,) = lines_of(Plan((PlannedCell(cell, (run,), photos(1)),), ()), {}, ["a"])
+    assert line.state == "ok; the head was refused: the cut's boxes"

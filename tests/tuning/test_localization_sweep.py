@@ -203,3 +203,13 @@ def test_half_a_cache_is_none(
     monkeypatch.undo()
     fill(broken, wanted(scenes), lambda line: None)
     assert np.isfinite(measured(broken.folder, job_for(scenes))["corloc"])
+
+
+def test_a_trial_of_a_head_fits_one_on_the_cached_images_or_takes_the_cut(
+    scenes: Path, cache: FeatureCache
+) -> None:
+    cut = measured(cache.folder, job_for(scenes, ("value", 2), rule="ncut"))
+    # Thirteen images are too few for a head that is trusted.
+    assert measured(cache.folder, job_for(scenes, ("value", 2), rule="head")) == cut
+    forced = measured(cache.folder, job_for(scenes, ("value", 2), rule="head", force_head=True))
+    assert forced != cut
