@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from safetensors import SafetensorError
 
 from pipeline.config import BackboneConfig
@@ -48,6 +48,14 @@ class HeadRecord(BaseModel):
     collection: dict[str, Any]
     """What listing the images met."""
     versions: dict[str, str]
+
+    @field_validator("refused")
+    @classmethod
+    def _shown_as_it_is(cls, text: str | None) -> str | None:
+        """It is printed, and the file may be anybody's."""
+        if text is None:
+            return None
+        return one_line("".join(letter if letter.isprintable() else " " for letter in text))
 
 
 def encode_head(head: Head) -> bytes:
@@ -98,7 +106,7 @@ def require_same_features(record: HeadRecord, backbone: BackboneConfig, sha256: 
     now = backbone.model_dump(mode="json", exclude={"checkpoint"}) | {"weights_sha256": sha256}
     then = {name: record.config.get(f"backbone.{name}") for name in now}
     differing = [
-        f"{name} {then[name]!r} then, {now[name]!r} now"
+        f"{name} {one_line(repr(then[name]), 80)} then, {now[name]!r} now"
         for name in now
         if then[name] != now[name] and name != "name"
     ]

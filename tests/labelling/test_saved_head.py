@@ -60,6 +60,16 @@ def test_what_is_read_is_what_was_written_bit_for_bit(tmp_path: Path) -> None:
     assert record.refused is None
 
 
+def test_a_reason_in_anybodys_file_is_printed_without_what_a_terminal_obeys(
+    tmp_path: Path,
+) -> None:
+    place = write(tmp_path / "head", encode_head(HEAD), refused="bad \x1b[2J\nhead" + "x" * 999)
+    _, record = read_head(place)
+    assert record.refused is not None
+    assert record.refused.isprintable()
+    assert len(record.refused) == 300
+
+
 def test_a_folder_without_a_head_says_how_to_make_one(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no config\.json.*jobs/fit_head\.py"):
         read_head(Location.parse(str(tmp_path)))
