@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import save_file
 
-from pipeline.config import BackboneConfig, DrawJob, LabelJob, LocalizationConfig
+from pipeline.config import DrawJob, LabelJob, LocalizationConfig
+from pipeline.config.labelling import ResolvedBackbone
 from pipeline.data.masks import encode
 from pipeline.data.pixels import load_pixels, pixels_of_row
 from pipeline.data.pseudo_labels import config_hash, read_labels, read_manifest
@@ -58,7 +59,7 @@ def make_table(tmp_path: Path, tiny_weights: Path) -> MakeTable:
         job = LabelJob(
             images=str(folder),
             output=str(tmp_path / "labels"),
-            backbone=BackboneConfig(name=NAME, checkpoint=checkpoint, feature="value", block=2),
+            backbone=ResolvedBackbone(name=NAME, checkpoint=checkpoint, feature="value", block=2),
             localization=localization or LocalizationConfig(),
         )
         uris = [str(folder / name) for name in names]
