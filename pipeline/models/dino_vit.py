@@ -56,6 +56,7 @@ class ViTFeatures(FeatureExtractor):
         parts: Any = vit
         self._require(parts)
         self.mend_artefacts = mend_artefacts
+        self.rotations: Any = getattr(parts, "rope", None)
         blocks = list(parts.blocks)
         if not -len(blocks) <= block < len(blocks):
             raise ConfigError(
@@ -141,17 +142,6 @@ class RotaryViTFeatures(ViTFeatures):
     The feature is taken before it is turned, as all others are: where a patch lies is no part of
     what it shows.
     """
-
-    def __init__(
-        self,
-        vit: nn.Module,
-        *,
-        feature: Feature = "key",
-        block: int = -1,
-        mend_artefacts: bool = False,
-    ) -> None:
-        super().__init__(vit, feature=feature, block=block, mend_artefacts=mend_artefacts)
-        self.rotations: Any = vit.rope
 
     def _require(self, vit: Any) -> None:
         if getattr(vit, "rope", None) is None or vit.pos_embed is not None:
