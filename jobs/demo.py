@@ -18,8 +18,8 @@ from pipeline.config import DemoJob
 SHIPPED = ["--backbone.name", "vit_nano_patch8.dino", "--decode.max-side", "224"]
 
 PHOTOS = {
-    "sklearn/datasets/images/china.jpg": "by danielbuechele, CC BY 2.0, comes with scikit-learn",
-    "sklearn/datasets/images/flower.jpg": "by vultilion, CC BY 2.0, comes with scikit-learn",
+    "sklearn/datasets/images/china.jpg": "CC BY 2.0, danielbuechele, comes with scikit-learn",
+    "sklearn/datasets/images/flower.jpg": "CC BY 2.0, vultilion (Flickr), comes with scikit-learn",
     "matplotlib/mpl-data/sample_data/grace_hopper.jpg": "US Navy, public domain, with matplotlib",
 }
 """By where they lie among installed packages; whose they are."""
