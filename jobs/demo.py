@@ -76,6 +76,8 @@ def main(job: DemoJob) -> int:
     if code or not Path(head, "config.json").exists():
         return code
     print("\nThree photos, with the head that was fitted on the scenes:", flush=True)
+    if job.weights is None:
+        print("  (expect little: the small network is for trying things, not for photos)")
     gather_photos(Path(place["photos"]))
     labels = f"{job.output}/photo-labels"
     with_head += ["--localization.head", head, "--compute.num-actors", "0"]
