@@ -96,7 +96,8 @@ def slow_objects(map_HW: Map, most: int, nms_iou: float) -> list[tuple[Box, floa
 
 
 @settings(max_examples=150, deadline=None)
-@given(maps(), st.sampled_from([1, 3, 10]), st.sampled_from([0.3, 0.5, 0.7]))
+# No quotient of small areas but one half, which single precision holds exactly.
+@given(maps(), st.sampled_from([1, 3, 10]), st.sampled_from([0.31, 0.5, 0.71]))
 def test_objects_at_levels_are_those_of_the_slow_loop(
     map_BHW: Tensor, most: int, nms_iou: float
 ) -> None:
