@@ -377,7 +377,10 @@ def _taken(output: Location, resumable: bool) -> str:
             "--resume --retry-failed to label its failed rows again, or --overwrite to replace it"
         )
     if output.child(HEAD_CONFIG).kind() == "file":
-        return f"{output} already holds a fitted head: choose another --output, or --overwrite it"
+        return (
+            f"{output} already holds a fitted head: --resume goes on with it, --overwrite replaces "
+            "it, or choose another --output"
+        )
     return f"{output} holds an unfinished run: add --resume to finish it, or --overwrite"
 
 
