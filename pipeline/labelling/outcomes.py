@@ -15,7 +15,7 @@ from pipeline.config.labelling import Rule
 from pipeline.data.masks import encode
 from pipeline.labelling.rows import Image, Outcome, no_object
 from pipeline.localization.localize import Localization
-from pipeline.localization.objects import Objects, contrast, objects_at_levels
+from pipeline.localization.objects import MIN_PATCHES, Objects, contrast, objects_at_levels
 from pipeline.localization.refine import refine_mask
 
 OBJECT_LABEL = 1
@@ -49,6 +49,7 @@ def outcomes_of(
     # More than one object is found in a map of them, which only a head gives.
     many = settings.max_objects > 1 and settings.rule == "head"
     objects = _all_objects(found, settings) if many else _main_objects(found)
+    has_some = set(objects.image_K.tolist())
     if settings.min_score is not None:
         objects = objects.where(objects.score_K >= settings.min_score)
     image_K = objects.image_K.cpu().numpy()
@@ -75,8 +76,10 @@ def outcomes_of(
             outcome = {name: [values[k] for k in mine] for name, values in columns.items()}
             outcome |= _of_best(boxes_K4[mine[0]], size_2) | (seeds[image] if seeds else {})
             outcomes.append({"status": "ok", "error": None, **outcome})
-        elif found.found_B[image]:
+        elif image in has_some:
             outcomes.append(no_object(f"no box scores {settings.min_score:g} or more"))
+        elif found.found_B[image]:
+            outcomes.append(no_object(f"no object has {MIN_PATCHES} patches or more"))
         else:
             outcomes.append(no_object(NOTHING_FOUND[settings.rule]))
     return outcomes

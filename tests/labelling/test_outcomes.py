@@ -83,6 +83,12 @@ def test_an_image_all_of_whose_boxes_are_left_out_has_no_object_and_says_why() -
     assert (one["boxes"], one["scores"]) == ([], [])
 
 
+def test_a_single_patch_is_no_object_among_many_and_the_row_says_so() -> None:
+    one = outcome(features((1, 1, 2, 2)), max_objects=5)
+    assert (one["status"], one["error"]) == ("no_object", "no object has 2 patches or more")
+    assert outcome(features((1, 1, 2, 2)))["status"] == "ok"
+
+
 def test_nothing_above_the_threshold_is_no_object() -> None:
     one = outcome(features(), max_objects=3)
     assert (one["status"], one["error"]) == ("no_object", NOTHING_FOUND["head"])
