@@ -102,11 +102,10 @@ def with_recipe(backbone: BackboneConfig) -> ResolvedBackbone:
         return backbone
     default = type(backbone).model_fields["name"].default
     name = network_of_checkpoint(backbone.name, backbone.checkpoint, default=default)
-    base = name.partition(".")[0]
     # Files with a description of ours beside them are of jobs/pretrain_dino.py.
     described = backbone.checkpoint is not None and name_beside(Path(backbone.checkpoint))
-    feature, block = SUITED.get(base, ("key", -1))
-    if base not in SUITED and name not in CNNS and "dino" not in name and not described:
+    feature, block = SUITED.get(name, ("key", -1))
+    if name not in CNNS and "dino" not in name and not described:
         vit: Any = _require_supported(name)
         feature, block = "value", len(vit.blocks) // 2 - 1
     told = backbone.model_dump(exclude_none=True)

@@ -31,7 +31,7 @@ _SHIPPED = {
     "vit_nano_patch8.dino": Path(__file__).parent / "weights/vit_nano_patch8/teacher.safetensors"
 }
 
-SUITED: dict[str, tuple[Feature, int]] = {"vit_nano_patch8": ("value", 3)}
+SUITED: dict[str, tuple[Feature, int]] = {"vit_nano_patch8.dino": ("value", 3)}
 """Feature and block of networks that no rule of ``backbones.with_recipe`` serves (model card)."""
 
 # Weights of the LOST and DINO papers that timm has no tag for: timm's architecture, and the file.

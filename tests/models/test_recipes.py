@@ -26,7 +26,7 @@ DINOV3, DINOV3_BIAS = "vit_small_patch16_dinov3.lvd1689m", "vit_small_patch16_di
         ("vit_small_patch16_224.dino", ("key", -1, "imagenet")),
         ("vit_small_patch8_224.dino_300ep", ("key", -1, "imagenet")),
         ("vit_nano_patch8.dino", ("value", 3, "imagenet")),
-        ("vit_nano_patch8", ("value", 3, "imagenet")),
+        ("vit_nano_patch8", ("value", 2, "imagenet")),
         ("vit_tiny_patch16_224", ("value", 5, "half")),
         ("vit_large_patch16_224", ("value", 11, "half")),
         ("deit_small_patch16_224.fb_in1k", ("value", 5, "imagenet")),
